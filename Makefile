@@ -1,0 +1,27 @@
+# make setup   a virtual environment in .venv with everything in requirements.txt
+# make smoke   train the classifier on the built-in toy cats, in about a minute
+# make test    lint, and every test, the slow and the end-to-end ones included
+# make lint    ruff, check and format
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup smoke test lint
+
+setup: .venv/installed
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	touch $@
+
+smoke: setup
+	$(BIN)/python src/train.py data/toy --epochs 6 --batch-size 16 --lr 1e-3
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+test: lint
+	$(BIN)/python -m pytest

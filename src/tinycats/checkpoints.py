@@ -1,0 +1,117 @@
+"""Files of tensors: a run's state, which must survive everything, and finished models.
+
+A file is what `torch.save` writes, followed by a line with the SHA-256 of it. `torch.load` passes over the
+line, so the files are ordinary; and a file that was cut off, or in which a bit has flipped, is known for what
+it is before anything in it is believed.
+"""
+
+import hashlib
+import io
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+from tinycats.durable_files import atomic_write
+from tinycats.errors import UserError
+
+log = logging.getLogger(__name__)
+
+STATE = "state.pt"
+PREVIOUS_STATE = "state.previous.pt"
+_FOOTER = b"\ntinycats sha256 "
+_FOOTER_LENGTH = len(_FOOTER) + 64 + 1
+
+
+class DamagedFile(UserError):
+    """The file is cut off, altered, or was never written by this program."""
+
+
+def save(path: Path, contents: dict[str, Any]) -> None:
+    """Write `contents` (tensors, numbers, text and containers of them) to `path`: whole, synced, or not at all.
+
+    Raises:
+        OSError: the disk is full, the folder is not writable.
+    """
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(contents, buffer)
+    with atomic_write(path) as file:
+        file.write(buffer.getbuffer())
+        file.write(_FOOTER + hashlib.sha256(buffer.getbuffer()).hexdigest().encode() + b"\n")
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read what `save` wrote, onto the CPU; runs no code that the file may hold.
+
+    Raises:
+        DamagedFile: it is not what `save` wrote.
+        UserError: it cannot be read.
+    """
+    import torch
+
+    try:
+        stored = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    payload, footer = memoryview(stored)[:-_FOOTER_LENGTH], stored[-_FOOTER_LENGTH:]
+    if not footer.startswith(_FOOTER):
+        raise DamagedFile(f"{path} is cut off or is no file of this program")
+    if footer != _FOOTER + hashlib.sha256(payload).hexdigest().encode() + b"\n":
+        raise DamagedFile(f"{path} is damaged: its contents do not match their digest")
+    try:
+        return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+        raise DamagedFile(f"{path} holds what no file of this program holds; it was not loaded") from error
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write a run's state; the one before it is kept as the previous state.
+
+    Raises:
+        UserError: the disk is full or not writable; both old states are as they were.
+    """
+    path, newer = folder / STATE, folder / "state.newer.pt"
+    try:
+        save(newer, state)
+        # Between these two renames the run has no state.pt; whoever is killed there resumes from the previous.
+        if path.exists():
+            path.replace(folder / PREVIOUS_STATE)
+        newer.replace(path)
+    except OSError as error:
+        newer.unlink(missing_ok=True)
+        raise UserError(f"cannot save {path}: {error.strerror}; the state saved before it is untouched") from error
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read a run's state; if it is damaged, the one before it, saying so.
+
+    Args:
+        path: of the state; where it is the run's newest, the previous one beside it is the spare.
+
+    Raises:
+        UserError: there is none, or none is whole.
+    """
+    problem = UserError(f"{path} is not there")
+    for candidate in [path] + ([path.with_name(PREVIOUS_STATE)] if path.name == STATE else []):
+        if not candidate.exists():
+            continue
+        try:
+            state = load(candidate)
+            step = state["step"]
+        except DamagedFile as error:
+            problem = error
+            log.warning("%s", error)
+        except KeyError:
+            problem = UserError(f"{candidate} is not a run's state")
+        else:
+            if candidate != path:
+                log.warning("Going on from the state before it, %s (step %d)", candidate, step)
+            return state
+    raise problem
+
+
+def has_state(folder: Path) -> bool:
+    """Whether a run was ever saved in `folder`."""
+    return (folder / STATE).exists() or (folder / PREVIOUS_STATE).exists()

@@ -1,0 +1,157 @@
+"""The cat classifier: a torchvision ResNet with a head of its own, its pictures, its metrics, its file."""
+
+import urllib.error
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision import models
+from torchvision.transforms import v2
+
+from tinycats import checkpoints
+from tinycats.errors import TransientError, UserError
+from tinycats.oxford_pets import OTHER
+from tinycats.packed_images import decode
+
+# ImageNet's, with which the pretrained backbones were trained.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def build(backbone: str, num_classes: int, *, pretrained: bool) -> nn.Module:
+    """A ResNet (He et al., arXiv 1512.03385) with a new head: float [B, 3, H, W] -> logits [B, num_classes].
+
+    Raises:
+        TransientError: the ImageNet weights cannot be downloaded.
+    """
+    try:
+        model = models.get_model(backbone, weights="DEFAULT" if pretrained else None)
+    except (urllib.error.URLError, OSError, RuntimeError) as error:
+        raise TransientError(
+            f"cannot fetch the ImageNet weights of {backbone} ({error}); --no-pretrained trains from scratch"
+        ) from error
+    model.fc = nn.Linear(model.fc.in_features, num_classes)
+    return model
+
+
+def stored_side(image_size: int) -> int:
+    """The shorter side, in pixels, of the pictures from which `image_size` is cropped (256 for 224, as usual)."""
+    return round(image_size * 256 / 224)
+
+
+def training_transform(image_size: int) -> v2.Transform:
+    """uint8 [3, H, W] -> uint8 [3, image_size, image_size]: a random part of the picture, mirrored or not.
+
+    Colours stay as they are: they are what tells one coat from another.
+    """
+    return v2.Compose([v2.RandomResizedCrop(image_size, scale=(0.35, 1.0)), v2.RandomHorizontalFlip()])
+
+
+def validation_transform(image_size: int) -> v2.Transform:
+    """uint8 [3, H, W] -> uint8 [3, image_size, image_size]: the middle of the picture."""
+    return v2.Compose([v2.Resize(stored_side(image_size)), v2.CenterCrop(image_size)])
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, 3, H, W] -> float32, channels last, with ImageNet's mean and deviation. On the images' device:
+    bytes are a quarter of what floats are to move there."""
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (MEAN, STD))
+    return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+def confusion_matrix(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """int64 [C, C]: how many pictures of class i (row) were taken for class j (column)."""
+    classes = logits.shape[1]
+    return torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
+
+
+def accuracies(confusion: torch.Tensor, classes: Sequence[str]) -> dict[str, Any]:
+    """What a confusion matrix says.
+
+    Returns:
+        `val_accuracy`, the part of the pictures that are right; `class_accuracy`, the same for each class;
+        `balanced_accuracy`, the mean over the classes; and where there is a class `other`,
+        `cat_accuracy`: the part of which it is rightly said whether they show a cat.
+    """
+    counts = confusion.double()
+    by_class = counts.diagonal() / counts.sum(1)
+    result = {
+        "val_accuracy": (counts.trace() / counts.sum()).item(),
+        "balanced_accuracy": by_class.mean().item(),
+        "class_accuracy": dict(zip(classes, by_class.tolist(), strict=True)),
+    }
+    if OTHER in classes:
+        is_cat = torch.tensor([name != OTHER for name in classes])
+        right = counts[is_cat][:, is_cat].sum() + counts[~is_cat][:, ~is_cat].sum()
+        result["cat_accuracy"] = (right / counts.sum()).item()
+    return result
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A finished classifier, from `load`."""
+
+    model: nn.Module
+    classes: tuple[str, ...]
+    image_size: int
+    metrics: dict[str, Any]
+
+    @torch.inference_mode()
+    def predict(self, photos: Sequence[Path | str]) -> list[dict[str, float]]:
+        """The probability of each class for each photo (files in any format that Pillow reads).
+
+        Raises:
+            OSError, ValueError: a file is no picture.
+        """
+        if not photos:
+            return []
+        transform = validation_transform(self.image_size)
+        pictures = [torch.from_numpy(decode(Path(photo), stored_side(self.image_size))) for photo in photos]
+        batch = torch.stack([transform(picture.permute(2, 0, 1)) for picture in pictures])
+        probabilities = self.model(normalise(batch)).softmax(1)
+        return [dict(zip(self.classes, row.tolist(), strict=True)) for row in probabilities]
+
+
+def export(
+    path: Path,
+    state_dict: dict[str, torch.Tensor],
+    backbone: str,
+    classes: Sequence[str],
+    image_size: int,
+    metrics: dict[str, Any],
+) -> None:
+    """Write a finished classifier: weights, and all that using them takes. `torch.load` reads it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    contents = {
+        "model": "classifier",
+        "backbone": backbone,
+        "classes": list(classes),
+        "image_size": image_size,
+        "mean": list(MEAN),
+        "std": list(STD),
+        "metrics": metrics,
+        "state_dict": state_dict,
+    }
+    try:
+        checkpoints.save(path, contents)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; the run's state has the weights") from error
+
+
+def load(path: Path | str) -> Classifier:
+    """Read a finished classifier (`cats_model.pt`), ready to predict on the CPU.
+
+    Raises:
+        UserError: the file is missing, damaged, or another model's.
+    """
+    contents = checkpoints.load(Path(path))
+    if contents.get("model") != "classifier":
+        raise UserError(f"{path} is not a finished classifier")
+    model = build(contents["backbone"], len(contents["classes"]), pretrained=False)
+    model.load_state_dict(contents["state_dict"])
+    return Classifier(model.eval(), tuple(contents["classes"]), contents["image_size"], contents["metrics"])

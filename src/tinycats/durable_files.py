@@ -1,0 +1,68 @@
+"""Files that are either whole or not there: written to a temporary name, synced, renamed."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+def partial_name(path: Path) -> Path:
+    """The temporary name of `path`: beside it, so that the rename is atomic, and always the same, so that
+    what a killed process leaves is overwritten by the next one and never piles up."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut: a rename lasts once its folder is synced."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open `path` for writing bytes; it appears, whole, when the block ends and not at all if it raises.
+
+    Raises:
+        OSError: the folder is not writable, the disk is full.
+    """
+    partial = partial_name(path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+        _sync(path.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to fill; it becomes `path` when the block ends and vanishes if it raises.
+
+    If another process put `path` in place meanwhile, theirs is kept.
+    """
+    # Two processes may prepare the same folder at once, so the name carries the process id.
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        for entry in partial.rglob("*"):
+            _sync(entry)
+        try:
+            partial.rename(path)
+        except OSError:
+            if not path.is_dir():
+                raise
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,109 @@
+"""A folder of pictures, a subfolder a class: which files belong to it, and which are held out.
+
+Nothing here opens a picture, and nothing needs more than the standard library: the laptop's side of
+`modal run` checks folders with it.
+"""
+
+import hashlib
+import os
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinycats.errors import UserError
+
+IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"])
+HELD_OUT = 0.2  # the part of each class that validates, where the folder itself does not say
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """One picture: its path relative to the folder (with `/`), its class's index, `train` or `val`."""
+
+    path: str
+    label: int
+    split: str
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A data set on disk: `classes` in alphabetical order, `files` sorted by path."""
+
+    root: Path
+    classes: tuple[str, ...]
+    files: tuple[ImageFile, ...]
+
+
+def scan(root: Path) -> ImageFolder:
+    """List the pictures of `root`: `train/<class>/…` with `val/<class>/…`, or just `<class>/…`.
+
+    Without a `val` folder a fifth of each class is held out, chosen by a hash of the file's path: the same
+    files on every machine, whatever the order or the times of the files.
+
+    Raises:
+        UserError: no such folder, no class folders, a class without pictures, classes that differ between
+            `train` and `val`.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root} is {'not a folder' if root.exists() else 'not there'}")
+    try:
+        return _scan(root)
+    except PermissionError as error:
+        raise UserError(f"cannot read {error.filename}: permission denied") from error
+
+
+def _scan(root: Path) -> ImageFolder:
+    has_train, has_val = (root / "train").is_dir(), (root / "val").is_dir()
+    if has_train and has_val:
+        by_split = {split: _images_by_class(root, split) for split in ("train", "val")}
+        train_classes, val_classes = (set(by_split[split]) for split in ("train", "val"))
+        if train_classes != val_classes:
+            odd = sorted(train_classes ^ val_classes)[0]
+            have, lack = ("train", "val") if odd in train_classes else ("val", "train")
+            raise UserError(f"{root}: the class {odd!r} is in {have}/ but not in {lack}/")
+    else:
+        by_class = _images_by_class(root, "train" if has_train else "")
+        by_split = {"train": {}, "val": {}}
+        for name, paths in by_class.items():
+            if len(paths) < 2:
+                raise UserError(f"{root}: the class {name!r} has one picture; it takes two (one to hold out)")
+            by_split["val"][name], by_split["train"][name] = hold_out(paths)
+
+    classes = tuple(sorted(by_split["train"]))
+    files = [
+        ImageFile(path, classes.index(name), split)
+        for split, by_class in by_split.items()
+        for name, paths in by_class.items()
+        for path in paths
+    ]
+    return ImageFolder(root, classes, tuple(sorted(files, key=lambda file: file.path)))
+
+
+def _images_by_class(root: Path, subfolder: str) -> dict[str, list[str]]:
+    parent = root / subfolder
+    names = sorted(entry.name for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise UserError(f"{parent} has no class folders; put the pictures of each class in a folder of its own")
+    by_class = {}
+    for name in names:
+        by_class[name] = sorted(
+            Path(folder, file).relative_to(root).as_posix()
+            for folder, _, files in os.walk(parent / name)
+            for file in files
+            if Path(file).suffix.lower() in IMAGE_SUFFIXES and not file.startswith(".")
+        )
+        if not by_class[name]:
+            raise UserError(f"{parent / name} has no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return by_class
+
+
+def hold_out(names: list[str]) -> tuple[list[str], list[str]]:
+    """Split the names of a class's pictures into (held out, for training), by a hash of each name."""
+    shuffled = sorted(names, key=_stable_hash)
+    count = max(1, round(HELD_OUT * len(names)))
+    return shuffled[:count], shuffled[count:]
+
+
+def _stable_hash(path: str) -> bytes:
+    # macOS hands out decomposed letters, others composed ones: normalised, they are held out alike.
+    return hashlib.sha256(unicodedata.normalize("NFC", path).encode("utf-8", "surrogateescape")).digest()

@@ -1,0 +1,42 @@
+"""Where a run takes place: what a training loop asks of its machine, and the answers of an ordinary one."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tinycats.packed_images import PackedImages
+
+
+class ThisMachine:
+    """A laptop, or any machine on which a script is started by `python`.
+
+    Args:
+        script: the script's name, for the commands that it recommends.
+    """
+
+    def __init__(self, script: str):
+        self.script = script
+
+    def open_dataset(self, data_dir: Path, short_side: int, output_dir: Path) -> "PackedImages":
+        """The pictures of `data_dir`, ready for random access; see `datasets.open_dataset`."""
+        from tinycats.datasets import open_dataset  # needs numpy and Pillow, which `modal run` works without
+
+        return open_dataset(data_dir, short_side, fallback=output_dir)
+
+    def num_workers(self, on_gpu: bool) -> int:
+        """How many loader processes keep a GPU busy, or leave a CPU that trains its cores."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return min(8, cores) if on_gpu else min(2, cores // 2)
+
+    def persist(self) -> None:
+        """Make durable what has been written; here it is already."""
+
+    def how_to_resume(self, run: Path) -> str:
+        """The command that goes on with the run in the folder `run`."""
+        by_name = run.parent == Path("outputs/runs")
+        return f"python src/{self.script} --resume {run.name if by_name else run / 'state.pt'}"
+
+    def how_to_fetch(self, model: Path) -> str:
+        """Where the finished model is to be found."""
+        return str(model)

@@ -1,0 +1,234 @@
+"""A run's folder, `<output-dir>/runs/<run>/`: its name, its lock, its logs and its metrics."""
+
+import argparse
+import fcntl
+import json
+import logging
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tinycats import checkpoints
+from tinycats.durable_files import atomic_write
+from tinycats.errors import UserError
+from tinycats.machines import ThisMachine
+from tinycats.signals import Stopped, StopSignals
+
+log = logging.getLogger(__name__)
+
+LOG_FORMAT = logging.Formatter("%(asctime)s | %(levelname)-8s | %(message)s", "%Y-%m-%d %H:%M:%S")
+
+
+def new_name() -> str:
+    """A name that sorts by time and that no other run has: `20260225-100000-1f3a`."""
+    return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def folder_of(output_dir: Path, name: str) -> Path:
+    """Where the run of that name lives."""
+    return output_dir / "runs" / name
+
+
+def taken(name: str) -> str:
+    """What to say to a new run that wants the name of an old one."""
+    return f"the run {name} exists; go on with it by --resume {name}, or choose another name"
+
+
+def resumed_state(output_dir: Path, resume: str) -> Path:
+    """The state file that `--resume` means: the newest one of the run of that name, or the file of that path.
+    The run goes on in the folder where its state lies.
+
+    Raises:
+        UserError: there is no such file or run, or the run never saved a state.
+    """
+    if resume.endswith(".pt"):
+        if not Path(resume).is_file():
+            raise UserError(f"--resume {resume}: no such file")
+        return Path(resume)
+    folder = folder_of(output_dir, resume)
+    if not checkpoints.has_state(folder):
+        known = sorted(path.name for path in output_dir.glob("runs/*") if checkpoints.has_state(path))
+        raise UserError(
+            f"--resume {resume}: no such run in {output_dir / 'runs'} (there: {', '.join(known) or 'none'})"
+        )
+    return folder / checkpoints.STATE
+
+
+def starting_point(options: argparse.Namespace) -> tuple[Path, dict[str, Any] | None]:
+    """Where a command's run lives and the state to go on from, None for a new run.
+
+    A new run's name must be free. On Modal an attempt that follows another's death brings the same
+    `options.submission`, by which it knows the state that it finds for its own.
+
+    Raises:
+        UserError: no such run to resume, a name that is taken, no state that is whole.
+    """
+    if options.resume:
+        path = resumed_state(options.output_dir, options.resume)
+        return path.parent, checkpoints.load_state(path)
+    folder = folder_of(options.output_dir, options.run or new_name())
+    if not checkpoints.has_state(folder):
+        return folder, None
+    state = checkpoints.load_state(folder / checkpoints.STATE)
+    if options.submission is None or state["submission"] != options.submission:
+        raise UserError(taken(folder.name))
+    return folder, state
+
+
+def log_to_stdout() -> None:
+    """Send the program's log to stdout, a line a message; errors are for stderr and not logged."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(LOG_FORMAT)
+    root = logging.getLogger("tinycats")
+    root.handlers[:] = [handler]
+    root.setLevel(logging.INFO)
+    root.propagate = False
+    logging.raiseExceptions = False  # a closed pipe (`… | head`) must not end a run
+
+
+class Run:
+    """An open run: keeps its state, its `metrics.jsonl` and its TensorBoard events; from `open_run`.
+
+    Attributes:
+        folder: the run's folder; its name is what `--resume` calls the run.
+        metrics: every recorded row, which the state carries along: a run that is resumed has in
+            `metrics.jsonl` exactly the rows that lead up to its state.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        metrics: list[dict[str, Any]],
+        step: int,
+        stop: StopSignals,
+        machine: ThisMachine,
+        save_every: float,
+    ):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder = folder
+        self.metrics = metrics
+        self._stop = stop
+        self._machine = machine
+        self._save_every = 60 * save_every
+        self._saved_at = time.monotonic()
+        with atomic_write(folder / "metrics.jsonl") as file:
+            file.writelines(_json_line(row) for row in metrics)
+        self._metrics_file = (folder / "metrics.jsonl").open("ab", buffering=0)
+        self._tensorboard = SummaryWriter(folder, purge_step=step + 1 if step else None)
+
+    def record(self, row: dict[str, Any]) -> None:
+        """Add a row: a `step`, and numbers or dicts of numbers, none of which depends on the clock.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        self.metrics.append(row)
+        try:
+            self._metrics_file.write(_json_line(row))
+            for key, value in row.items():
+                if isinstance(value, dict):
+                    for name, part in value.items():
+                        self._tensorboard.add_scalar(f"{key}/{name}", part, row["step"])
+                elif key not in ("step", "epoch"):
+                    self._tensorboard.add_scalar(key, value, row["step"])
+            self._tensorboard.flush()
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror}; the saved state is untouched") from error
+
+    @property
+    def save_due(self) -> bool:
+        """Whether it is time to save: the clock says so, or the run was asked to stop."""
+        return self._stop.requested is not None or time.monotonic() - self._saved_at > self._save_every
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Save the state, durably; and leave, if the run was asked to stop.
+
+        Raises:
+            UserError: the disk is full; the state saved before is untouched.
+            Stopped: a stop signal came.
+        """
+        checkpoints.save_state(self.folder, state)
+        self._machine.persist()
+        self._saved_at = time.monotonic()
+        if self._stop.requested is not None:
+            log.info("Saved at step %d, and stopping", state["step"])
+            resume = self._machine.how_to_resume(self.folder)
+            raise Stopped(self._stop.requested, f"the run is saved at step {state['step']}; go on with it: {resume}")
+
+    def close(self) -> None:
+        """Close the files."""
+        self._metrics_file.close()
+        self._tensorboard.close()
+
+
+@contextmanager
+def open_run(
+    folder: Path,
+    metrics: list[dict[str, Any]],
+    step: int,
+    stop: StopSignals,
+    machine: ThisMachine,
+    save_every: float,
+) -> Iterator[Run]:
+    """Open the run in `folder` for training on from `step`, with the program's log going to `train.log` too.
+
+    While it is open, a stop signal waits for the next `Run.save`.
+
+    Args:
+        save_every: minutes after which `Run.save_due`.
+
+    Raises:
+        UserError: another process is training this run, or the folder cannot be written.
+    """
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    program = logging.getLogger("tinycats")
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _lock(stack.enter_context((folder / ".lock").open("wb")), folder)
+            file_log = stack.enter_context(_log_to_file(program, folder / "train.log"))
+            run = stack.enter_context(closing(Run(folder, metrics, step, stop, machine, save_every)))
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+        stack.enter_context(logging_redirect_tqdm([program]))
+        try:
+            with stop.deferred():
+                yield run
+        except BaseException as error:
+            # Its user reads this on stderr; the file should say it too, and where an unexpected error arose.
+            expected = isinstance(error, (UserError, KeyboardInterrupt))
+            trace = None if expected else (type(error), error, error.__traceback__)
+            text = f"Ended by {type(error).__name__}: {error}"
+            file_log.handle(logging.LogRecord(log.name, logging.ERROR, __file__, 0, text, None, trace))
+            raise
+
+
+def _lock(lock: BinaryIO, folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is training {folder}") from None
+    except OSError as error:
+        log.debug("No lock on %s: %s", folder, error)  # a network file system may have none
+
+
+@contextmanager
+def _log_to_file(program: logging.Logger, path: Path) -> Iterator[logging.Handler]:
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(LOG_FORMAT)
+    program.addHandler(handler)
+    try:
+        yield handler
+    finally:
+        program.removeHandler(handler)
+        handler.close()
+
+
+def _json_line(row: dict[str, Any]) -> bytes:
+    return (json.dumps(row) + "\n").encode()

@@ -1,0 +1,71 @@
+"""Being asked to stop: by Ctrl-C, a preemption, a closed terminal."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop and has come to a clean halt.
+
+    A KeyboardInterrupt, because that is how a function tells Modal that it was preempted and wants the same
+    input started again.
+    """
+
+    def __init__(self, signum: int, message: str = "nothing had been trained yet, so there is nothing to resume"):
+        super().__init__(message)
+        self.signum = signum
+
+    @property
+    def exit_status(self) -> int:
+        """130 for SIGINT, 143 for SIGTERM: the shell's convention of 128 + the signal's number."""
+        return 128 + self.signum
+
+
+class StopSignals:
+    """Turns stop signals into an orderly end, as a context manager on the main thread.
+
+    Outside `deferred()` a signal raises Stopped where the program stands. Inside it the first signal only
+    sets `requested`, which the training loop looks at after each step; a second one raises at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested: int | None = None
+        self._deferring = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        for signum in STOP_SIGNALS:
+            # `nohup` and background shells ignore some signals on purpose; that stays so.
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """While this is open, the first signal waits for the step in progress."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        if self._deferring and self.requested is None:
+            self.requested = signum
+            return
+        raise Stopped(signum)
+
+
+def ignore_stop_signals() -> None:
+    """For a loader's worker processes: Ctrl-C reaches the whole process group, but only the main process
+    decides when they end (they end by themselves when it is gone)."""
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)

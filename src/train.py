@@ -1,0 +1,289 @@
+"""Fine-tune a ResNet to tell twelve breeds of cats, and what is no cat, apart.
+
+    modal run src/train.py data/cats --epochs 20        on a rented GPU
+    modal run --detach src/train.py --backbone resnet50 the same, and the run outlives this terminal
+    python src/train.py data/cats --epochs 1            on this machine
+    python src/train.py --epochs 1                      on this machine, with drawn cats if there are no real ones
+    python src/train.py --resume RUN                    go on with a run that was interrupted
+    python src/train.py --help                          every option
+
+A run is a function of its seed and its step: interrupted and resumed as often as you like, it ends where it
+would have ended. Its folder is outputs/runs/<run>/, and the finished model outputs/cats_model.pt.
+"""
+
+import logging
+import sys
+import time
+
+import modal
+
+from tinycats import command_line, modal_runs, runs
+from tinycats.command_line import Options, number, whole_number
+from tinycats.data_dirs import is_toy
+from tinycats.errors import UserError
+from tinycats.machines import ThisMachine
+from tinycats.signals import StopSignals
+
+# torch is imported where it is used: `modal run` works without it, and `--help` does not wait for it.
+
+log = logging.getLogger("tinycats.train")
+
+MODEL = "cats_model.pt"
+LOG_EVERY = 50  # steps
+
+
+# --- options -----------------------------------------------------------------------------------------------------
+
+
+class ClassifierParser(command_line.Parser):
+    def __init__(self) -> None:
+        super().__init__("train.py", "Fine-tune a ResNet classifier of cats.", gpu_default="T4")
+        model = self.add_argument_group("the model")
+        model.add_argument("--backbone", choices=("resnet18", "resnet34", "resnet50"), default="resnet18")
+        model.add_argument(
+            "--pretrained",
+            action=command_line.BooleanOptionalAction,
+            help="start from ImageNet's weights (default: yes; for data/toy no)",
+        )
+        model.add_argument(
+            "--image-size",
+            type=whole_number(32, 1024),
+            metavar="PIXELS",
+            help="side of the square that the model sees (default: 224; for data/toy 64)",
+        )
+        training = self.add_argument_group("training")
+        training.add_argument("--epochs", type=whole_number(1), default=10, help="times through the pictures")
+        training.add_argument("--batch-size", type=whole_number(1), default=32, help="pictures a step, over all GPUs")
+        training.add_argument("--lr", type=number(above=0), default=1e-4, help="AdamW's learning rate at its peak")
+        training.add_argument(
+            "--warmup-epochs", type=number(at_least=0), default=0.5, help="how long the learning rate rises"
+        )
+        training.add_argument(
+            "--weight-decay", type=number(at_least=0), default=0.05, help="but none on norms and biases"
+        )
+        training.add_argument(
+            "--label-smoothing",
+            type=number(at_least=0, below=1),
+            default=0.1,
+            help="probability left to the other classes",
+        )
+        training.add_argument(
+            "--gradient-clip", type=number(at_least=0), default=1.0, help="largest gradient norm; 0: any"
+        )
+        training.add_argument(
+            "--mixed-precision",
+            action=command_line.BooleanOptionalAction,
+            default=True,
+            help="bf16, or fp16 with loss scaling, on a GPU; a CPU computes in float32",
+        )
+
+    def check(self, options: Options) -> None:
+        if options.pretrained is None:
+            options.pretrained = not is_toy(options.data_dir)
+        if options.image_size is None:
+            options.image_size = 64 if is_toy(options.data_dir) else 224
+        if options.batch_size == 1 and options.image_size <= 32:
+            self.error("--batch-size 1 needs an --image-size above 32: the last layers normalise over a single value")
+        if options.warmup_epochs > options.epochs:
+            self.error(f"--warmup-epochs {options.warmup_epochs:g} is more than --epochs {options.epochs}")
+
+
+PARSER = ClassifierParser()
+OPTIONS = modal_runs.parsed_at_import(PARSER, __file__) or PARSER.parse([], on_modal=True)
+
+
+# --- Modal -------------------------------------------------------------------------------------------------------
+
+app = modal.App("tiny-cats-model")
+
+
+@app.function(
+    image=modal_runs.IMAGE,
+    gpu=OPTIONS.gpu or "T4",
+    cpu=modal_runs.CPU,
+    memory=modal_runs.MEMORY,
+    volumes=modal_runs.VOLUMES,
+    timeout=round(3600 * OPTIONS.timeout),
+    retries=modal_runs.RETRIES,
+    single_use_containers=True,
+)
+def train_on_modal(payload: dict) -> dict:
+    """One attempt at a run, in a container; every attempt gets the same payload."""
+    return modal_runs.run_in_container(PARSER, train, payload)
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+
+def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
+    """Train, from the saved state if there is one, and export the best epoch's weights.
+
+    Returns:
+        `run` (its name), `model` (the path of the finished model) and `metrics` (the best epoch's).
+
+    Raises:
+        UserError: the data, an option or a state is of no use, the disk is full, training diverged.
+        Stopped: a stop signal came; the state is saved.
+    """
+    folder, state = runs.starting_point(options)
+    if state:
+        options = command_line.resumed_options(options, state["options"])
+
+    import torch
+    from torch.nn.functional import cross_entropy
+    from tqdm import tqdm
+
+    from tinycats import classifier, devices
+    from tinycats.batches import INITIALISATION, TrainingBatches, ValidationBatches, load_batches, seed_for
+    from tinycats.optimization import adamw, warmup_cosine
+
+    # Pictures: decoded once, and cut into the same batches whatever happens on the way.
+    images = machine.open_dataset(options.data_dir, classifier.stored_side(options.image_size), options.output_dir)
+    classes = images.classes
+    if len(classes) < 2:
+        raise UserError(f"{options.data_dir} has a single class, {classes[0]!r}: there is nothing to tell apart")
+    if state and state["data"] != images.content:
+        raise UserError(f"{options.data_dir} does not hold the pictures that this run was trained on so far")
+    training_transform = classifier.training_transform(options.image_size)
+    validation_transform = classifier.validation_transform(options.image_size)
+    batches = TrainingBatches(images, options.batch_size, training_transform, options.seed)
+    held_out = ValidationBatches(images, options.batch_size, validation_transform)
+    total_steps = options.epochs * batches.steps_per_epoch
+
+    # Model, optimizer, learning rate.
+    device = devices.choose(options.mixed_precision)
+    torch.manual_seed(seed_for(options.seed, INITIALISATION))
+    model = classifier.build(options.backbone, len(classes), pretrained=options.pretrained and not state)
+    model.to(device.device, memory_format=torch.channels_last)
+    parallel_model = device.over_all_gpus(model)
+    optimizer = adamw(model, options.lr, options.weight_decay)
+    schedule = warmup_cosine(optimizer, round(options.warmup_epochs * batches.steps_per_epoch), total_steps)
+
+    # All that changes while training. Whatever is random is drawn anew from (seed, step) and is not among it.
+    step, epoch_loss, best, metrics = 0, torch.zeros((), device=device.device), None, []
+    if state:
+        step, best, metrics = state["step"], state["best"], state["metrics"]
+        epoch_loss += state["epoch_loss"].to(device.device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        device.scaler.load_state_dict(state["scaler"])
+
+    def current_state() -> dict:
+        if not torch.isfinite(epoch_loss):
+            raise UserError(f"the loss is {epoch_loss.item()} at step {step}: training diverged; a lower --lr may help")
+        return {
+            "options": command_line.saved_options(options),
+            "submission": options.submission,
+            "data": images.content,
+            "step": step,
+            "epoch_loss": epoch_loss,
+            "best": best,
+            "metrics": metrics,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "scaler": device.scaler.state_dict(),
+        }
+
+    workers = machine.num_workers(device.is_gpu) if options.num_workers is None else options.num_workers
+
+    @torch.inference_mode()
+    def evaluate() -> dict | None:
+        """Loss and accuracies on the held-out pictures; None if the run was asked to stop."""
+        model.eval()
+        total_loss = torch.zeros((), device=device.device)
+        confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device.device)
+        for pictures, labels in load_batches(held_out, range(len(held_out)), workers, pin_memory=device.is_gpu):
+            if stop.requested:
+                return None
+            targets = device.put(labels)
+            with device.autocast:
+                logits = parallel_model(classifier.normalise(device.put(pictures)))
+            total_loss += cross_entropy(logits.float(), targets, reduction="sum")
+            confusion += classifier.confusion_matrix(logits, targets)
+        val_loss = total_loss.item() / len(held_out.indices)
+        return {"val_loss": val_loss, **classifier.accuracies(confusion.cpu(), classes)}
+
+    with runs.open_run(folder, metrics, step, stop, machine, options.save_every) as run:
+        log.info("%s run %s at step %d of %d", "Resuming" if state else "Starting", folder.name, step, total_steps)
+        log.info("%d pictures to train on, %d to validate with", len(batches.indices), len(held_out.indices))
+        log.info("%d classes: %s", len(classes), ", ".join(classes))
+        if not state:
+            run.save(current_state())  # from here on there is something to resume
+
+        loader = iter(load_batches(batches, range(step, total_steps), workers, pin_memory=device.is_gpu))
+        bar = tqdm(total=total_steps, initial=step, unit="step", disable=None)
+        finished_epochs = sum("val_loss" in row for row in metrics)
+        for epoch in range(finished_epochs + 1, options.epochs + 1):
+            began, first_step, waited = time.perf_counter(), step, 0.0
+            model.train()
+            while step < epoch * batches.steps_per_epoch:
+                asked = time.perf_counter()
+                pictures, labels = next(loader)
+                waited += time.perf_counter() - asked
+
+                with device.autocast:
+                    logits = parallel_model(classifier.normalise(device.put(pictures)))
+                loss = cross_entropy(logits.float(), device.put(labels), label_smoothing=options.label_smoothing)
+                optimizer.zero_grad(set_to_none=True)
+                device.scaler.scale(loss).backward()
+                if options.gradient_clip:
+                    device.scaler.unscale_(optimizer)
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
+                device.scaler.step(optimizer)
+                device.scaler.update()
+                schedule.step()
+                step += 1
+                epoch_loss += loss.detach()
+
+                bar.update()
+                if step % LOG_EVERY == 0:
+                    value = loss.item()  # waits for the GPU, hence not at every step
+                    run.record({"step": step, "epoch": epoch, "loss": value, "lr": schedule.get_last_lr()[0]})
+                    bar.set_postfix(loss=f"{value:.3f}")
+                if run.save_due:
+                    run.save(current_state())
+
+            seconds = time.perf_counter() - began
+            results = evaluate()
+            if results is None:
+                run.save(current_state())  # leaves; this epoch is evaluated when the run goes on
+            train_loss = epoch_loss.item() / batches.steps_per_epoch
+            epoch_loss.zero_()
+            run.record({"step": step, "epoch": epoch, "train_loss": train_loss, **results})
+            log.info(
+                f"Epoch {epoch}/{options.epochs} complete. Loss: {train_loss:.3f}, validation loss: "
+                f"{results['val_loss']:.3f}, accuracy: {results['val_accuracy']:.3f}, balanced: "
+                f"{results['balanced_accuracy']:.3f} | {(step - first_step) * batches.batch_size / seconds:.0f} "
+                f"pictures/s, {waited / seconds:.0%} of the time waiting for them"
+            )
+
+            # Balanced: most of data/cats is dogs, and whoever always says `other` is right most of the time.
+            rank = [results["balanced_accuracy"], -results["val_loss"]]
+            if best is None or rank > best["rank"]:
+                weights = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
+                best = {"rank": rank, "metrics": {"epoch": epoch, **results}, "state_dict": weights}
+            run.save(current_state())
+        bar.close()
+
+        finished = options.output_dir / MODEL
+        for path in (folder / MODEL, finished):
+            classifier.export(path, best["state_dict"], options.backbone, classes, options.image_size, best["metrics"])
+        machine.persist()
+        accuracy, epoch = best["metrics"]["val_accuracy"], best["metrics"]["epoch"]
+        log.info(f"Done. Validation accuracy {accuracy:.3f} (epoch {epoch}). Model: {machine.how_to_fetch(finished)}")
+    return {"run": folder.name, "model": str(finished), "metrics": best["metrics"]}
+
+
+# --- the two ways in ---------------------------------------------------------------------------------------------
+
+
+@app.local_entrypoint()
+def main(*arguments: str) -> None:
+    """`modal run src/train.py …`: check, submit, follow."""
+    modal_runs.submit(train_on_modal, PARSER, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run_on_this_machine(PARSER, train))
