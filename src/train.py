@@ -12,6 +12,7 @@ would have ended. Its folder is outputs/runs/<run>/, and the finished model outp
 """
 
 import logging
+import math
 import sys
 import time
 
@@ -135,7 +136,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
 
     from tinycats import classifier, devices
     from tinycats.batches import INITIALISATION, TrainingBatches, ValidationBatches, load_batches, seed_for
-    from tinycats.optimization import adamw, warmup_cosine
+    from tinycats.optimization import adamw, all_finite, warmup_cosine
 
     # Pictures: decoded once, and cut into the same batches whatever happens on the way.
     images = machine.open_dataset(options.data_dir, classifier.stored_side(options.image_size), options.output_dir)
@@ -169,9 +170,14 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         schedule.load_state_dict(state["schedule"])
         device.scaler.load_state_dict(state["scaler"])
 
+    def require_finite(loss: float) -> None:
+        if not math.isfinite(loss):
+            raise UserError(f"training diverged: the loss is {loss} at step {step}; a lower --lr may help")
+
     def current_state() -> dict:
-        if not torch.isfinite(epoch_loss):
-            raise UserError(f"the loss is {epoch_loss.item()} at step {step}: training diverged; a lower --lr may help")
+        # A state is for going on from: one with infinities in it would only bury the last one that was sound.
+        require_finite(epoch_loss.item())
+        require_finite(0.0 if all_finite(model) else math.inf)
         return {
             "options": command_line.saved_options(options),
             "submission": options.submission,
@@ -240,6 +246,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 bar.update()
                 if step % LOG_EVERY == 0:
                     value = loss.item()  # waits for the GPU, hence not at every step
+                    require_finite(value)
                     run.record({"step": step, "epoch": epoch, "loss": value, "lr": schedule.get_last_lr()[0]})
                     bar.set_postfix(loss=f"{value:.3f}")
                 if run.save_due:
@@ -251,6 +258,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 run.save(current_state())  # leaves; this epoch is evaluated when the run goes on
             train_loss = epoch_loss.item() / batches.steps_per_epoch
             epoch_loss.zero_()
+            require_finite(train_loss + results["val_loss"])
             run.record({"step": step, "epoch": epoch, "train_loss": train_loss, **results})
             log.info(
                 f"Epoch {epoch}/{options.epochs} complete. Loss: {train_loss:.3f}, validation loss: "

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from tinycats.packed_images import PackedImages
-from tinycats.signals import ignore_stop_signals
+from tinycats.signals import leave_stop_signals_to_parent
 
 # What a random number is for. Streams with different purposes must not share numbers.
 SHUFFLING, AUGMENTATION, INITIALISATION = range(3)
@@ -60,10 +60,10 @@ class ValidationBatches(Dataset):
 
 
 def _batch(images: PackedImages, chosen: np.ndarray, transform: ImageTransform) -> tuple[torch.Tensor, torch.Tensor]:
-    # Seen as [3, H, W] a picture of the map is in channels-last order, for which torchvision's resize has its
-    # fastest code.
+    # A picture lies in the map with its channels last, for which torchvision has its fastest code; so does a batch.
     pictures = [transform(torch.from_numpy(images[index]).permute(2, 0, 1)) for index in chosen]
-    return torch.stack(pictures), torch.from_numpy(images.labels[chosen])
+    stacked = torch.stack([picture.permute(1, 2, 0) for picture in pictures]).permute(0, 3, 1, 2)
+    return stacked, torch.from_numpy(images.labels[chosen])
 
 
 def load_batches(batches: Dataset, order: Iterable[int], num_workers: int, pin_memory: bool) -> DataLoader:
@@ -76,8 +76,9 @@ def load_batches(batches: Dataset, order: Iterable[int], num_workers: int, pin_m
         pin_memory=pin_memory,
         worker_init_fn=_init_worker,
         prefetch_factor=4 if num_workers else None,
+        generator=torch.Generator(),  # else it would draw from the global one
     )
 
 
 def _init_worker(_number: int) -> None:
-    ignore_stop_signals()
+    leave_stop_signals_to_parent()

@@ -118,9 +118,6 @@ def download(destination: Path) -> None:
         return
     from torchvision.datasets import OxfordIIITPet
 
-    class Pets(OxfordIIITPet):
-        _RESOURCES = _mirrored(OxfordIIITPet._RESOURCES)
-
     archives = destination.with_name(destination.name + ".download")
     unpacked = archives / "oxford-iiit-pet"
     log.info("Downloading the Oxford-IIIT Pet dataset, about %d MB, into %s", DOWNLOAD_MB, archives)
@@ -130,7 +127,8 @@ def download(destination: Path) -> None:
         # went is not. Unpacking again costs seconds.
         for folder in ("images", "annotations"):
             shutil.rmtree(unpacked / folder, ignore_errors=True)
-        Pets(archives, download=True)
+        pets = type("Pets", (OxfordIIITPet,), {"_RESOURCES": _mirrored(OxfordIIITPet._RESOURCES)})
+        pets(archives, download=True)
     except (urllib.error.URLError, ConnectionError, TimeoutError, RuntimeError, EOFError) as error:
         raise TransientError(f"cannot download the dataset ({error}); run this again to go on") from error
     except OSError as error:

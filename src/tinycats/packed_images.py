@@ -241,7 +241,7 @@ def decode(path: Path, short_side: int) -> np.ndarray:
     if min(width, height) > short_side:
         scale = short_side / min(width, height)
         rgb = rgb.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(rgb)
+    return np.array(rgb)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

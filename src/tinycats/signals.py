@@ -1,5 +1,6 @@
 """Being asked to stop: by Ctrl-C, a preemption, a closed terminal."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,8 +65,9 @@ class StopSignals:
         raise Stopped(signum)
 
 
-def ignore_stop_signals() -> None:
-    """For a loader's worker processes: Ctrl-C reaches the whole process group, but only the main process
-    decides when they end (they end by themselves when it is gone)."""
+def leave_stop_signals_to_parent() -> None:
+    """For a loader's worker process: Ctrl-C reaches every process of the terminal's group, but when training
+    stops is the main process's decision. In a group of its own a worker hears of it from the parent alone."""
+    os.setpgrp()
     for signum in STOP_SIGNALS:
-        signal.signal(signum, signal.SIG_IGN)
+        signal.signal(signum, signal.SIG_DFL)

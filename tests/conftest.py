@@ -1,0 +1,60 @@
+"""What the tests share: small data, and the scripts run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tinycats.toy_cats import draw_toy_cats
+
+REPOSITORY = Path(__file__).parents[1]
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"  # real photos, where a developer has them
+
+# Small enough for a step to take a tenth of a second on two cores.
+SMALL = ("--image-size", "32", "--batch-size", "8", "--lr", "1e-3", "--no-pretrained")
+
+
+@pytest.fixture(scope="session")
+def small_toy(tmp_path_factory) -> Path:
+    """A toy data set of 80 + 20 pictures: `<somewhere>/small_toy`."""
+    folder = tmp_path_factory.mktemp("data") / "small_toy"
+    draw_toy_cats(folder, seed=1, images={"train": 16, "val": 4})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pets_sample() -> Path:
+    """A sample of the real Oxford-IIIT Pet photos with its list.txt."""
+    folder = SHARED_DATA / "pets"
+    if not folder.is_dir():
+        pytest.skip(f"no real photos in {folder}; the pets-shaped folder that the tests make is used alone")
+    return folder
+
+
+def script_process(script: str, *arguments: object, cwd: Path, **options) -> subprocess.Popen:
+    """`python src/<script> …` in the folder `cwd`, with its output as text through pipes."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | options.pop("env", {})
+    return subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "src" / script), *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+@pytest.fixture
+def run_train(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
+    """Run `python src/train.py …` in an empty folder and wait for its end."""
+
+    def run(*arguments: object, **options) -> subprocess.CompletedProcess:
+        process = script_process("train.py", *arguments, cwd=options.pop("cwd", tmp_path), **options)
+        stdout, stderr = process.communicate(timeout=900)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    return run

@@ -1,0 +1,93 @@
+"""The classifier's metrics, its file, and what it says without a network."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tinycats import checkpoints, classifier
+from tinycats.errors import TransientError, UserError
+
+
+def test_accuracies_of_a_known_confusion():
+    #                                   bengal  other  siamese   (taken for)
+    confusion = torch.tensor([[8, 1, 1], [2, 86, 2], [0, 5, 5]])
+    result = classifier.accuracies(confusion, ("bengal", "other", "siamese"))
+    assert result["val_accuracy"] == pytest.approx(99 / 110)
+    assert result["class_accuracy"] == pytest.approx({"bengal": 0.8, "other": 86 / 90, "siamese": 0.5})
+    assert result["balanced_accuracy"] == pytest.approx((0.8 + 86 / 90 + 0.5) / 3)
+    assert result["cat_accuracy"] == pytest.approx((8 + 1 + 0 + 5 + 86) / 110), "a bengal taken for a siamese is a cat"
+
+
+def test_cat_accuracy_is_there_only_with_a_class_other():
+    assert "cat_accuracy" not in classifier.accuracies(torch.eye(2), ("bengal", "siamese"))
+
+
+def test_the_confusion_matrix_counts_labels_by_rows_and_answers_by_columns():
+    logits = torch.tensor([[2.0, 1.0], [0.0, 1.0], [3.0, 0.0]])
+    assert classifier.confusion_matrix(logits, torch.tensor([0, 0, 1])).tolist() == [[1, 1], [1, 0]]
+
+
+def test_validation_shows_the_middle_and_training_a_part_and_both_in_bytes():
+    picture = torch.randint(0, 256, (3, 73, 90), dtype=torch.uint8)
+    middle = classifier.validation_transform(64)(picture)
+    assert torch.equal(middle, picture[:, 4:68, 13:77])
+    part = classifier.training_transform(64)(picture)
+    assert part.shape == (3, 64, 64)
+    assert part.dtype == torch.uint8
+
+
+def test_normalised_pictures_have_imagenets_mean_and_deviation():
+    white = classifier.normalise(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
+    expected = [(1 - mean) / std for mean, std in zip(classifier.MEAN, classifier.STD, strict=True)]
+    assert white[0, :, 0, 0].tolist() == pytest.approx(expected)
+    assert white.is_contiguous(memory_format=torch.channels_last)
+
+
+def export(path, model, classes=("a", "b", "c")):
+    classifier.export(path, model.state_dict(), "resnet18", classes, 64, {"val_accuracy": 0.9})
+
+
+def test_an_exported_classifier_predicts_what_the_trained_one_did(tmp_path):
+    torch.manual_seed(0)
+    model = classifier.build("resnet18", 3, pretrained=False).eval()
+    export(tmp_path / "model.pt", model)
+    photo = np.random.default_rng(0).integers(0, 256, (80, 100, 3), np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+
+    loaded = classifier.load(tmp_path / "model.pt")
+    (probabilities,) = loaded.predict([tmp_path / "photo.png"])
+    assert list(probabilities) == ["a", "b", "c"]
+    assert sum(probabilities.values()) == pytest.approx(1)
+    with torch.inference_mode():
+        small = classifier.decode(tmp_path / "photo.png", classifier.stored_side(64))
+        picture = classifier.validation_transform(64)(torch.from_numpy(small).permute(2, 0, 1))
+        expected = model(classifier.normalise(picture[None])).softmax(1)
+    assert list(probabilities.values()) == pytest.approx(expected[0].tolist(), abs=1e-6)
+    assert loaded.metrics == {"val_accuracy": 0.9}
+
+
+def test_torch_reads_the_file_with_weights_only(tmp_path):
+    export(tmp_path / "model.pt", classifier.build("resnet18", 3, pretrained=False))
+    contents = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert contents["classes"] == ["a", "b", "c"]
+    assert {"backbone", "image_size", "mean", "std", "metrics", "state_dict"} <= contents.keys()
+
+
+def test_another_models_file_is_refused(tmp_path):
+    checkpoints.save(tmp_path / "dit.pt", {"model": "tiny_dit"})
+    with pytest.raises(UserError, match="not a finished classifier"):
+        classifier.load(tmp_path / "dit.pt")
+
+
+def test_weights_that_cannot_be_fetched_are_an_error_that_names_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # nobody listens: as without a network
+    with pytest.raises(TransientError, match="--no-pretrained"):
+        classifier.build("resnet18", 3, pretrained=True)
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50"])
+def test_every_backbone_builds_with_a_head_of_its_own(backbone):
+    model = classifier.build(backbone, 13, pretrained=False).eval()
+    assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 13)

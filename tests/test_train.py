@@ -1,0 +1,385 @@
+"""The classifier end to end: it learns, it can be stopped anywhere, and it refuses what it cannot use."""
+
+import json
+import random
+import re
+import resource
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from conftest import SMALL, script_process
+from tinycats import checkpoints, classifier, oxford_pets
+from tinycats.errors import UserError
+from tinycats.machines import ThisMachine
+from tinycats.runs import log_to_stdout
+from tinycats.signals import Stopped, StopSignals
+
+EPOCHS = 3  # of ten steps each, with SMALL
+
+
+def train_here(*arguments: object, stop: StopSignals | None = None) -> dict:
+    """What `python src/train.py …` does, in this process."""
+    options = train.PARSER.parse([str(argument) for argument in arguments])
+    log_to_stdout()
+    return train.train(options, stop or StopSignals(), ThisMachine("train.py"))
+
+
+def results(folder: Path) -> tuple[dict, bytes]:
+    """A finished run's weights and its metrics."""
+    return checkpoints.load(folder / "cats_model.pt")["state_dict"], (folder / "metrics.jsonl").read_bytes()
+
+
+def assert_same_results(one: Path, other: Path) -> None:
+    (weights, metrics), (other_weights, other_metrics) = results(one), results(other)
+    assert metrics == other_metrics
+    assert weights.keys() == other_weights.keys()
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_toy, tmp_path_factory) -> Path:
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = script_process("train.py", small_toy, *SMALL, "--epochs", EPOCHS, "--run", "r", cwd=folder)
+    _, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    assert errors == ""
+    return folder / "outputs" / "runs" / "r"
+
+
+# --- it works ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_it_learns_the_toy_cats(run_train):
+    """The command of `make smoke`."""
+    result = run_train("data/toy", "--epochs", "6", "--batch-size", "16", "--lr", "1e-3")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    accuracy = float(re.search(r"Done\. Validation accuracy ([0-9.]+)", result.stdout)[1])
+    assert accuracy >= 0.95
+
+
+@pytest.mark.slow
+def test_with_no_data_it_trains_on_the_toy_cats_and_says_so(run_train, tmp_path):
+    result = run_train("--epochs", "1")
+    assert result.returncode == 0, result.stderr
+    assert "Training on data/toy. For real cats: bash data/download.sh" in result.stdout
+    assert (tmp_path / "outputs" / "cats_model.pt").exists()
+
+
+def test_a_run_leaves_what_the_design_says(undisturbed):
+    assert {path.name for path in undisturbed.iterdir() if not path.name.startswith("events.out.tfevents")} == {
+        ".lock",
+        "cats_model.pt",
+        "metrics.jsonl",
+        "state.pt",
+        "state.previous.pt",
+        "train.log",
+    }
+    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows if "val_accuracy" in row] == [1, 2, 3]
+    assert {"train_loss", "val_loss", "balanced_accuracy", "class_accuracy", "cat_accuracy"} <= rows[-1].keys()
+
+
+def test_the_log_is_made_of_dated_lines_without_a_progress_bar(undisturbed):
+    log = (undisturbed / "train.log").read_text()
+    for line in log.splitlines():
+        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \| (INFO|WARNING) {1,4} \| ", line), line
+    assert re.search(r"\| INFO     \| Epoch 1/3 complete\. Loss: \d\.\d{3}", log)
+
+
+def test_tensorboard_can_read_the_curves(undisturbed):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(undisturbed))
+    events.Reload()
+    assert {"val_loss", "val_accuracy", "class_accuracy/tabby"} <= set(events.Tags()["scalars"])
+    assert [point.step for point in events.Scalars("val_accuracy")] == [10, 20, 30]
+
+
+def test_the_finished_model_is_the_best_epochs_and_names_its_classes(undisturbed):
+    model = classifier.load(undisturbed.parents[1] / "cats_model.pt")
+    assert model.classes == ("black", "ginger", "other", "siamese", "tabby")
+    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    best = max((row for row in rows if "val_loss" in row), key=lambda row: (row["balanced_accuracy"], -row["val_loss"]))
+    assert model.metrics["epoch"] == best["epoch"]
+    assert model.metrics["val_accuracy"] == best["val_accuracy"]
+
+
+@pytest.mark.slow
+def test_real_photos_arranged_by_breed_train_for_an_epoch(pets_sample, run_train, tmp_path):
+    oxford_pets.arrange(pets_sample, tmp_path / "data" / "cats")
+    result = run_train("--no-pretrained", "--epochs", "1", "--batch-size", "8")
+    assert result.returncode == 0, result.stderr
+    assert "Training on data/cats" in result.stdout
+    assert "4 classes: Abyssinian, Siamese, Sphynx, other" in result.stdout
+    assert classifier.load(tmp_path / "outputs" / "cats_model.pt").image_size == 224
+
+
+def test_strange_names_and_a_batch_larger_than_the_data_work(tmp_path, monkeypatch, small_toy):
+    monkeypatch.chdir(tmp_path)
+    for source, name in (("black", "schwarze Kätzchen"), ("other", "その他 & more")):
+        shutil.copytree(small_toy / "train" / source, tmp_path / "my cats" / name)
+    outcome = train_here("my cats", *SMALL, "--batch-size", 1000, "--epochs", 1)
+    model = classifier.load(outcome["model"])
+    assert set(model.classes) == {"schwarze Kätzchen", "その他 & more"}
+    photo = next((tmp_path / "my cats" / "schwarze Kätzchen").iterdir())
+    assert sum(model.predict([photo])[0].values()) == pytest.approx(1)
+
+
+# --- it can be stopped anywhere ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_killed_at_random_moments_and_resumed_it_ends_bit_identical(workers, undisturbed, small_toy, tmp_path):
+    dice = random.Random(workers)
+    run = tmp_path / "outputs" / "runs" / "r"
+    kills = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
+    dice.shuffle(kills)
+    # The state is saved every third of a second, so that a kill will often strike while it is being written.
+    arguments = (*SMALL, "--epochs", EPOCHS, "--num-workers", workers, "--save-every", 0.005)
+    for kill in [*kills, None]:
+        beginning = ("--resume", "r") if checkpoints.has_state(run) else ("--run", "r")
+        process = script_process("train.py", small_toy, *arguments, *beginning, cwd=tmp_path)
+        if kill:
+            for line in process.stdout:
+                if "pictures to train on" in line:
+                    break
+            time.sleep(dice.uniform(0, 1.5))
+            process.send_signal(kill)
+        _, errors = process.communicate(timeout=900)
+        if kill in (signal.SIGINT, signal.SIGTERM) and process.returncode:
+            assert process.returncode == 128 + kill
+            assert re.fullmatch(r"stopped: .*python src/train\.py --resume r\n", errors), errors
+        elif kill is None:
+            assert process.returncode == 0, errors
+    assert_same_results(undisturbed, run)
+
+
+def stop_in_evaluation(monkeypatch, stop: StopSignals) -> None:
+    count = classifier.confusion_matrix
+
+    def count_and_stop(*arguments):
+        stop.requested = signal.SIGTERM
+        return count(*arguments)
+
+    monkeypatch.setattr(classifier, "confusion_matrix", count_and_stop)
+
+
+def test_stopped_in_evaluation_it_evaluates_that_epoch_when_it_goes_on(undisturbed, small_toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for beginning in ("--run", "--resume", "--resume"):
+        stop = StopSignals()
+        with monkeypatch.context() as patch:
+            stop_in_evaluation(patch, stop)
+            with pytest.raises(Stopped):
+                train_here(small_toy, *SMALL, "--epochs", EPOCHS, beginning, "r", "--num-workers", 0, stop=stop)
+    train_here("--resume", "r")
+    assert_same_results(undisturbed, tmp_path / "outputs" / "runs" / "r")
+
+
+def test_from_a_damaged_state_it_goes_on_from_the_one_before(undisturbed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(undisturbed.parents[1], tmp_path / "outputs")
+    run = tmp_path / "outputs" / "runs" / "r"
+    path = run / checkpoints.STATE
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 4
+    path.write_bytes(damaged)
+    train_here("--resume", "r")
+    output = capsys.readouterr().out
+    assert "state.pt is damaged" in output
+    assert "Resuming run r at step 20 of 30" in output
+    assert_same_results(undisturbed, run)
+
+
+def test_a_finished_run_resumed_has_nothing_left_to_do(undisturbed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(undisturbed.parents[1], tmp_path / "outputs")
+    (tmp_path / "outputs" / "cats_model.pt").unlink()
+    train_here("--resume", tmp_path / "outputs" / "runs" / "r" / "state.pt")
+    assert_same_results(undisturbed, tmp_path / "outputs" / "runs" / "r")
+    assert (tmp_path / "outputs" / "cats_model.pt").exists()
+
+
+def test_the_terminal_that_goes_away_stops_it_with_its_state_saved(small_toy, tmp_path):
+    process = script_process("train.py", small_toy, *SMALL, "--epochs", 50, "--run", "r", cwd=tmp_path)
+    for line in process.stdout:
+        if "Epoch 1/" in line:
+            break
+    process.send_signal(signal.SIGHUP)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 129
+    assert "--resume r" in errors
+    state = checkpoints.load_state(tmp_path / "outputs" / "runs" / "r" / "state.pt")
+    assert state["step"] >= 10
+
+
+# --- it refuses what it cannot use, in one line ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "--epochs: 0 is out of range"),
+        (["--lr", "-0.001"], "--lr: -0.001 is out of range: above 0"),
+        (["--lr", "nan"], "--lr: nan is out of range"),
+        (["--lr", "inf"], "--lr: inf is out of range"),
+        (["--batch-size", "many"], "--batch-size: 'many' is not a whole number"),
+        (["--backbone", "vgg"], "--backbone: invalid choice: 'vgg'"),
+        (["nowhere"], "nowhere is not there"),
+        (["data/cats"], "bash data/download.sh"),
+        ([__file__], "is not a folder"),
+        (["--gpu", "A10G"], "--gpu is for Modal"),
+        (["--resume", "nothing"], "no such run"),
+        (["--resume", "nothing.pt"], "no such file"),
+        (["--run", "a/b"], "a run's name is letters"),
+        (["--run", "a", "--resume", "b"], "give one of them"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch"),
+        (["--warmup-epochs", "11"], "is more than --epochs 10"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        train.PARSER.parse(arguments)
+    assert exit.value.code == 2
+    output, errors = capsys.readouterr()
+    assert message in errors
+    assert errors.count("\n") == 1
+    assert output == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def one_error(result) -> str:
+    """The one line of a run that failed."""
+    assert result.returncode == 1, (result.stdout, result.stderr)
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stdout
+    return result.stderr
+
+
+def broken_folder(root: Path, *classes: str) -> Path:
+    for name in classes:
+        (root / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (20, 20), (60 * number, 0, 0)).save(root / name / f"{number}.png")
+    return root
+
+
+def test_data_that_cannot_be_trained_on_is_one_line_and_leaves_no_run(run_train, tmp_path):
+    broken_folder(tmp_path / "one", "only")
+    assert "single class, 'only'" in one_error(run_train("one", *SMALL))
+    broken_folder(tmp_path / "empty", "full", "void")
+    for path in (tmp_path / "empty" / "void").iterdir():
+        path.unlink()
+    assert "void has no pictures" in one_error(run_train("empty", *SMALL))
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_an_output_folder_that_cannot_be_written_is_one_line(run_train, small_toy, tmp_path):
+    (tmp_path / "outputs").write_text("a file is in the way")
+    assert "cannot write to outputs/runs" in one_error(run_train(small_toy, *SMALL))
+
+
+def limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, 10_000_000))
+
+
+def test_a_disk_that_fills_up_is_one_line_and_costs_nothing_saved(undisturbed, small_toy, run_train, tmp_path):
+    # The limit on a file's size is the one full disk that every machine can have.
+    fresh = run_train(small_toy, *SMALL, "--run", "early", preexec_fn=limit_file_size)
+    assert "cannot save" in one_error(fresh)
+    assert not checkpoints.has_state(tmp_path / "outputs" / "runs" / "early")
+
+    process = script_process("train.py", small_toy, *SMALL, "--epochs", EPOCHS, "--run", "late", cwd=tmp_path)
+    for line in process.stdout:
+        if "Epoch 1/" in line:
+            break
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (10_000_000, 10_000_000))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert re.fullmatch(r"error: cannot save .*untouched\n", errors), errors
+    run = tmp_path / "outputs" / "runs" / "late"
+    assert not list(run.glob("*.partial")) and not list(run.glob(".*.partial"))
+    assert run_train("--resume", "late").returncode == 0
+    assert_same_results(undisturbed, run)
+
+
+@pytest.mark.slow
+def test_a_loss_that_diverges_ends_the_run_and_is_never_saved(small_toy, run_train, tmp_path):
+    result = run_train(small_toy, *SMALL, "--lr", "1e8", "--gradient-clip", "0", "--run", "wild")
+    assert re.search(r"training diverged: the loss is (nan|inf) at step \d+; a lower --lr may help", one_error(result))
+    run = tmp_path / "outputs" / "runs" / "wild"
+    state = checkpoints.load_state(run / checkpoints.STATE)
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    assert "training diverged" in (run / "train.log").read_text(), "the log says why it ends"
+
+
+def test_weights_that_cannot_be_fetched_name_the_way_out(run_train, small_toy, tmp_path):
+    offline = {"TORCH_HOME": str(tmp_path / "cache"), "https_proxy": "http://127.0.0.1:9"}
+    error = one_error(run_train(small_toy, "--image-size", "64", env=offline))
+    assert "--no-pretrained" in error
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.fixture
+def copy_of_run(undisturbed, tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(undisturbed.parents[1], tmp_path / "outputs")
+    return tmp_path / "outputs" / "runs" / "r"
+
+
+def test_options_that_contradict_the_state_are_named(copy_of_run, small_toy):
+    with pytest.raises(UserError, match=r"--backbone resnet34 \(the run has resnet18\), --epochs 9 \(the run has 3\)"):
+        train_here(small_toy, "--resume", "r", "--epochs", 9, "--backbone", "resnet34", "--lr", "1e-3")
+
+
+def test_a_state_of_other_data_is_refused(copy_of_run, tmp_path):
+    broken_folder(tmp_path / "others", "a", "b")
+    with pytest.raises(UserError, match="does not hold the pictures"):
+        train_here("others", "--resume", "r")
+
+
+def test_a_run_that_exists_is_not_continued_or_overwritten_by_accident(copy_of_run, small_toy, capsys):
+    before = {path.name: path.read_bytes() for path in copy_of_run.iterdir()}
+    with pytest.raises(SystemExit):
+        train_here(small_toy, "--run", "r")
+    assert "the run r exists; go on with it by --resume r" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in copy_of_run.iterdir()} == before
+
+
+def test_two_processes_cannot_train_the_same_run(small_toy, tmp_path, run_train):
+    first = script_process("train.py", small_toy, *SMALL, "--epochs", 50, "--run", "r", cwd=tmp_path)
+    for line in first.stdout:
+        if "Epoch 1/" in line:
+            break
+    drain = threading.Thread(target=first.stdout.read, daemon=True)
+    drain.start()
+    assert "another process is training" in one_error(run_train("--resume", "r"))
+    first.terminate()
+    assert first.wait(60) == 143
+
+
+def test_help_and_mistakes_do_not_wait_for_torch(tmp_path):
+    """Put the fault back by `import torch` at the top of src/train.py or of a module that it imports."""
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise SystemExit('torch was imported')")
+    for arguments, status in ((["--help"], 0), (["--epochs", "0"], 2)):
+        process = script_process("train.py", *arguments, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == status
+        assert "torch was imported" not in output + errors
+    process = script_process("train.py", cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert "torch was imported" in process.communicate(timeout=60)[1], "the trap itself works"
