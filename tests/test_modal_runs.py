@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
 
 import train
+from conftest import REPOSITORY
 from tinycats import modal_runs
 from tinycats.errors import UserError
 
@@ -75,7 +75,7 @@ def modal_run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
         "MODAL_CONFIG_PATH": str(cwd / "modal.toml"),
     }
     command = [sys.executable, "-m", "modal", "run", SCRIPT, *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, check=False, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize(
