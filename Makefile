@@ -6,7 +6,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup smoke test lint
+.PHONY: setup smoke test lint bubblewrap
 
 setup: .venv/installed
 
@@ -23,5 +23,13 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-test: lint
+# The tests' containers need bubblewrap: installed if that is possible here, else an error that says how.
+bubblewrap:
+	@command -v bwrap >/dev/null || { \
+	  sudo=$$([ "$$(id -u)" = 0 ] || echo sudo --non-interactive); \
+	  { $$sudo apt-get update --quiet=2 && $$sudo apt-get install --quiet=2 --yes bubblewrap; } >/dev/null 2>&1; \
+	  command -v bwrap >/dev/null; \
+	} || { echo "error: the tests need bubblewrap, on Linux: sudo apt-get install bubblewrap" >&2; exit 1; }
+
+test: lint bubblewrap
 	$(BIN)/python -m pytest

@@ -1,13 +1,17 @@
 """What the tests share: small data, and the scripts run as a user runs them."""
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from modal_cloud import ModalCloud
+from pets_mirror import Mirror, serve
+from tinycats import oxford_pets
 from tinycats.toy_cats import draw_toy_cats
 
 REPOSITORY = Path(__file__).parents[1]
@@ -58,3 +62,26 @@ def run_train(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     return run
+
+
+@pytest.fixture
+def modal_cloud() -> Iterator[ModalCloud]:
+    """A Modal of the test's own, empty; see tests/modal_cloud."""
+    with ModalCloud() as cloud:
+        yield cloud
+
+
+@pytest.fixture
+def small_folder(small_toy, tmp_path) -> Path:
+    """The small toy data as a folder of the user's own, in the folder from which commands are run."""
+    shutil.copytree(small_toy, tmp_path / "my cats")
+    return Path("my cats")
+
+
+@pytest.fixture
+def mirror(tmp_path, monkeypatch) -> Iterator[Mirror]:
+    """The pets' download, from loopback."""
+    (tmp_path / "mirror").mkdir()
+    with serve(tmp_path / "mirror") as server:
+        monkeypatch.setenv(oxford_pets.MIRROR_VARIABLE, server.address)
+        yield server

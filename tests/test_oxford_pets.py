@@ -1,38 +1,13 @@
 """data/cats from the Oxford-IIIT Pet dataset: arranged by breed, downloaded whole or not at all."""
 
-import functools
-import hashlib
-import http.server
-import io
-import tarfile
-import threading
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
+from pets_mirror import dataset_files, jpeg
 from tinycats import oxford_pets
 from tinycats.errors import TransientError, UserError
 from tinycats.image_folders import scan
-
-HEADER = "#Image CLASS-ID SPECIES BREED ID\n"
-TRAINVAL = ["Abyssinian_1 1 1 1", "British_Shorthair_1 5 1 2", "american_bulldog_1 2 2 1", "pug_1 3 2 2"]
-TEST = ["Abyssinian_2 1 1 1", "British_Shorthair_2 5 1 2", "american_bulldog_2 2 2 1"]
-
-
-def jpeg() -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (30, 20), "grey").save(buffer, "JPEG")
-    return buffer.getvalue()
-
-
-def dataset_files() -> dict[str, bytes]:
-    photos = {f"images/{line.split()[0]}.jpg": jpeg() for line in TRAINVAL + TEST}
-    return photos | {
-        "annotations/trainval.txt": "\n".join(TRAINVAL).encode(),
-        "annotations/test.txt": "\n".join(TEST).encode(),
-        "annotations/list.txt": (HEADER + "\n".join(TRAINVAL + TEST)).encode(),
-    }
 
 
 @pytest.fixture
@@ -84,55 +59,6 @@ def test_real_photos_with_the_real_list_are_arranged(pets_sample, tmp_path):
     assert folder.classes == ("Abyssinian", "Siamese", "Sphynx", "other")
     assert len(folder.files) == len(list(pets_sample.glob("*.jpg")))
     assert {file.path.split("/")[0] for file in folder.files} == {"train", "val"}
-
-
-class Mirror:
-    """A download server on loopback that can cut an archive off in the middle."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.requests, self.cut = folder, [], set()
-        mirror = self
-
-        class Handler(http.server.SimpleHTTPRequestHandler):
-            def do_GET(self):
-                name = self.path.strip("/")
-                mirror.requests.append(name)
-                contents = (mirror.folder / name).read_bytes()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(contents)))
-                self.end_headers()
-                self.wfile.write(contents[: len(contents) // 2] if name in mirror.cut else contents)
-
-            def do_HEAD(self):
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, *_):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler))
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.address = f"http://127.0.0.1:{self.server.server_port}"
-
-
-@pytest.fixture
-def mirror(tmp_path, monkeypatch):
-    folder = tmp_path / "mirror"
-    folder.mkdir()
-    sums = []
-    for archive, prefix in (("images.tar.gz", "images/"), ("annotations.tar.gz", "annotations/")):
-        with tarfile.open(folder / archive, "w:gz") as tar:
-            for name, contents in dataset_files().items():
-                if name.startswith(prefix):
-                    entry = tarfile.TarInfo(name)
-                    entry.size = len(contents)
-                    tar.addfile(entry, io.BytesIO(contents))
-        sums.append(f"{hashlib.md5((folder / archive).read_bytes()).hexdigest()}  {archive}\n")
-    (folder / "md5sums.txt").write_text("".join(sums))
-    server = Mirror(folder)
-    monkeypatch.setenv(oxford_pets.MIRROR_VARIABLE, server.address)
-    yield server
-    server.server.shutdown()
 
 
 def test_the_dataset_is_downloaded_arranged_and_not_fetched_again(mirror, tmp_path):

@@ -8,6 +8,7 @@ goes on from the state that it finds in the volume. See plans/ADR-007.
 import hashlib
 import io
 import logging
+import os
 import secrets
 import shutil
 import sys
@@ -51,6 +52,7 @@ RETRIES = modal.Retries(max_retries=10, initial_delay=1.0, backoff_coefficient=2
 SCRATCH = Path("/tmp/tinycats")  # the container's own disk
 UPLOADED = ".uploaded"  # in an uploaded folder: the digest of what was uploaded, written last
 COMMIT_ATTEMPTS = 6
+PATIENCE = 600  # seconds that the laptop waits for a control plane that does not answer
 
 
 # --- on the laptop ---------------------------------------------------------------------------------------------
@@ -144,13 +146,25 @@ def submit(function: modal.Function, parser: Parser, arguments: Sequence[str]) -
     log.info("Submitting the run %s. If it is cut short: %s", name, resume)
     call = function.spawn(payload)
     try:
-        outcome = call.get()
+        outcome = _follow(call)
     except Exception as error:  # whatever the run died of in its last attempt
         _fail(f"the run {name} ended with {type(error).__name__}: {error}; go on with it: {resume}")
     if "error" in outcome:
         _fail(outcome["error"])
-    model = PurePosixPath(outcome["model"]).relative_to(OUTPUTS_MOUNT)
-    log.info("Fetch the model: modal volume get %s %s .", OUTPUTS_VOLUME, model)
+
+
+def _follow(call: modal.FunctionCall) -> dict[str, Any]:
+    """Wait for the run's end. The run goes on without us: a control plane that is away for a while is waited for."""
+    lost_at = None
+    while True:
+        try:
+            return call.get()
+        except (modal.exception.ConnectionError, modal.exception.ServiceError, modal.exception.InternalError):
+            lost_at = lost_at or time.monotonic()
+            if time.monotonic() - lost_at > PATIENCE:
+                raise
+            log.warning("Modal does not answer; the run goes on, and so does the wait for it")
+            time.sleep(5)
 
 
 def _fail(message: str) -> None:
@@ -250,8 +264,8 @@ class Container(ThisMachine):
         return PackedImages(local)
 
     def num_workers(self, on_gpu: bool) -> int:
-        """One for each core that the function asks for (the host has more, which are others')."""
-        return int(CPU)
+        """One for each core that the function asks for (the host may have more, which are others')."""
+        return min(int(CPU), os.cpu_count() or 1)
 
     def persist(self) -> None:
         """Commit the outputs: what the log calls saved can be fetched, and survives this container."""

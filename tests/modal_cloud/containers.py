@@ -1,0 +1,144 @@
+"""Containers: the real `modal._container_entrypoint` inside bubblewrap, which sees what its image and mounts carry."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from modal_proto import api_pb2
+
+from .image import Image, top_level_modules
+from .volumes import Mounted, Volume
+
+if TYPE_CHECKING:
+    from .control_plane import Call
+
+PYTHON = "/opt/python"  # where a container finds the interpreter
+PACKAGES = "/opt/packages"  # and what its image installs
+CLIENT = "/pkg"  # and the client, which Modal mounts itself
+
+
+class NoBubblewrap(RuntimeError):
+    """bubblewrap is not installed."""
+
+    def __init__(self) -> None:
+        super().__init__("containers need bubblewrap: apt-get install bubblewrap")
+
+
+@dataclass
+class Container:
+    """One attempt at one input.
+
+    Attributes:
+        attempt: its number, over all containers of the cloud, from 1.
+        call: the input that it was started for.
+        ended: how it ended: `success`, `failure` (an exception), `interrupted` (a KeyboardInterrupt),
+            `died` (killed, or crashed), `timeout`; None while it runs.
+        output: what it printed.
+        commits: how often it has committed the outputs volume.
+    """
+
+    task_id: str
+    attempt: int
+    call: "Call"
+    mounts: dict[str, Mounted]
+    ended: str | None = None
+    output: str = ""
+    commits: int = 0
+    process: asyncio.subprocess.Process | None = None
+    pid: int | None = None
+    input_sent: bool = False
+    result: api_pb2.FunctionPutOutputsItem | None = None
+    timed_out: bool = False
+    tasks: list[asyncio.Task] = field(default_factory=list)
+
+    def send_signal(self, signum: int) -> None:
+        """Signal the container's main process (killing it kills all its processes)."""
+        if self.pid and self.ended is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signum)
+
+    def kill(self) -> None:
+        """What a crash of the machine is."""
+        self.send_signal(signal.SIGKILL)
+
+
+def command(
+    root: Path, image: Image, files: dict[str, bytes], volumes: dict[str, Mounted], environment: dict[str, str]
+) -> list[str]:
+    """The bubblewrap command line of a container.
+
+    Args:
+        root: a folder of this container's own; its mounts' files are laid out there.
+        files: what is mounted, by absolute path.
+    """
+    bubblewrap = shutil.which("bwrap")
+    if bubblewrap is None:
+        raise NoBubblewrap
+    words = [bubblewrap, "--unshare-pid", "--unshare-ipc", "--as-pid-1", "--die-with-parent", "--new-session"]
+    words += ["--clearenv", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp", "--tmpfs", "/dev/shm"]
+    for system in ("/usr", "/etc"):
+        words += ["--ro-bind", system, system]
+    for link in ("/bin", "/sbin", "/lib", "/lib64"):
+        if Path(link).is_symlink():
+            words += ["--symlink", str(Path(link).readlink()), link]
+        elif Path(link).exists():
+            words += ["--ro-bind", link, link]
+    words += ["--ro-bind", sys.base_prefix, PYTHON]
+    # Whatever this machine's own Python or system has installed is not in the image.
+    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    for own in (f"{PYTHON}/lib/{version}/site-packages", "/usr/lib/python3/dist-packages"):
+        if Path(own.replace(PYTHON, sys.base_prefix, 1)).is_dir():
+            words += ["--tmpfs", own]
+    for parent, modules in (
+        (PACKAGES, top_level_modules(image.requirements())),
+        (CLIENT, top_level_modules(["modal"])),
+    ):
+        words += ["--dir", parent]
+        for name, place in sorted(modules.items()):
+            if place.exists():
+                words += ["--ro-bind", str(place), f"{parent}/{name}"]
+    words += ["--tmpfs", "/root"]
+    for number, (path, contents) in enumerate(sorted(files.items())):
+        local = root / f"file-{number}"
+        local.write_bytes(contents)
+        words += ["--ro-bind", str(local), path]
+    for mount_path, mounted in volumes.items():
+        words += ["--bind", str(mounted.folder), mount_path]
+    defaults = {"PATH": f"{PYTHON}/bin:/usr/bin:/bin", "HOME": "/root", "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1"}
+    defaults["LD_LIBRARY_PATH"] = f"{PYTHON}/lib"  # a shared libpython is found by its old place otherwise
+    paths = {"PYTHONPATH": f"/root:{PACKAGES}:{CLIENT}", "PYTHONDONTWRITEBYTECODE": "1"}
+    for name, value in (defaults | paths | environment).items():
+        words += ["--setenv", name, value]
+    words += ["--chdir", "/root", "--info-fd", "INFO_FD"]
+    return [*words, f"{PYTHON}/bin/{version}", "-m", "modal._container_entrypoint"]
+
+
+async def start(container: Container, words: list[str]) -> None:
+    """Start the process; on return `container.pid` is its main process on this machine."""
+    reader, writer = os.pipe()
+    words = [str(writer) if word == "INFO_FD" else word for word in words]
+    container.process = await asyncio.create_subprocess_exec(
+        *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, pass_fds=(writer,)
+    )
+    os.close(writer)
+    loop = asyncio.get_running_loop()
+    with os.fdopen(reader) as info:
+        text = await loop.run_in_executor(None, info.read)
+    container.pid = json.loads(text)["child-pid"] if text else None
+
+
+def mount_volumes(root: Path, mounts: dict[str, Volume]) -> dict[str, Mounted]:
+    """A container's own view of each volume, by mount path."""
+    return {path: Mounted(volume, root / f"volume-{number}") for number, (path, volume) in enumerate(mounts.items())}
+
+
+def clean_up(root: Path) -> None:
+    """Forget what a container has not committed."""
+    shutil.rmtree(root, ignore_errors=True)
