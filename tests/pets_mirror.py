@@ -38,7 +38,7 @@ class Mirror:
         self.folder = folder
         self.requests: list[str] = []
         self.cut: set[str] = set()  # archives to cut off, always
-        self.cut_once: set[str] = set()  # or the first time
+        self.cut_next: dict[str, int] = {}  # or the next so many times
         mirror = self
 
         class Handler(http.server.SimpleHTTPRequestHandler):
@@ -49,8 +49,9 @@ class Mirror:
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(contents)))
                 self.end_headers()
-                cut = name in mirror.cut or name in mirror.cut_once
-                mirror.cut_once.discard(name)
+                left = mirror.cut_next.get(name, 0)
+                mirror.cut_next[name] = left - 1
+                cut = name in mirror.cut or left > 0
                 self.wfile.write(contents[: len(contents) // 2] if cut else contents)
 
             def do_HEAD(self):

@@ -88,7 +88,7 @@ image = modal.Image.debian_slim(python_version='3.11').pip_install('tqdm')
 def probe(repository):
     import importlib.util, os, pathlib
     print(sorted(os.listdir('/root')), pathlib.Path(repository).exists())
-    print([name for name in ('torch', 'tqdm', 'pytest', 'setuptools', 'pip') if importlib.util.find_spec(name)])
+    print([name for name in ('torch', 'tqdm', 'pytest', 'numpy') if importlib.util.find_spec(name)])
 @app.local_entrypoint()
 def main(repository: str): probe.remote(repository)
 """
@@ -100,6 +100,34 @@ def test_a_container_sees_what_its_image_and_mounts_carry_and_the_repository_lea
     assert result.status == 0, result.output
     assert "['probe.py'] False" in result.stdout
     assert "['tqdm']" in result.stdout
+
+
+OPEN = """
+import modal
+app = modal.App('open')
+volume = modal.Volume.from_name('outputs', create_if_missing=True)
+@app.function(image=modal.Image.debian_slim(python_version='3.11'), volumes={'/outputs': volume})
+def write():
+    with open('/outputs/file', 'w') as file:
+        try:
+            volume.commit()
+        except Exception as error:
+            print(type(error).__name__, error)
+    volume.commit()
+    print('closed, it is committed')
+@app.local_entrypoint()
+def main(): write.remote()
+"""
+
+
+def test_a_volume_with_an_open_file_cannot_be_reloaded_and_so_not_committed(modal_cloud, tmp_path):
+    """As the client says of `Volume.reload`, which `commit` ends with."""
+    (tmp_path / "open.py").write_text(OPEN)
+    result = modal_cloud.run("modal", "run", "open.py", cwd=tmp_path)
+    assert result.status == 0, result.output
+    assert "there are open files preventing the operation" in result.stdout
+    assert "/outputs/file" in result.stdout
+    assert "closed, it is committed" in result.stdout
 
 
 RAISING = """

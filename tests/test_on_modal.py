@@ -154,7 +154,7 @@ def test_with_no_arguments_real_cats_are_prepared_once_in_the_volume(modal_cloud
 
 def test_a_download_cut_in_the_middle_is_retried_and_not_taken_for_whole(modal_cloud, mirror, tmp_path):
     modal_cloud.set_in_containers(TINYCATS_PETS_MIRROR=mirror.address)
-    mirror.cut_once = {"images.tar.gz"}
+    mirror.cut_next = {"images.tar.gz": 2}  # torchvision first asks where the address leads, by a GET
     result = modal_cloud.run(
         "modal", "run", SCRIPT, "data/cats", *SMALL, "--batch-size", "4", "--epochs", "1", cwd=tmp_path
     )
@@ -168,7 +168,7 @@ def test_a_local_folder_is_uploaded_once_and_not_again(modal_cloud, small_folder
     first = train(modal_cloud, small_folder, tmp_path, "--epochs", "1", name="one")
     assert first.status == 0, first.output
     assert "Uploading 100 pictures" in first.stdout
-    (uploaded,) = (modal_cloud.volume("cats-dataset").files / "uploads").glob("my cats-*[0-9a-f]")
+    (uploaded,) = (modal_cloud.volume("cats-dataset").files / "uploads").glob("my cats-????????????")
     assert len(list(uploaded.rglob("*.png"))) == 100
 
     second = train(modal_cloud, small_folder, tmp_path, "--epochs", "1", name="two")
@@ -222,7 +222,7 @@ def test_modal_shell_finds_the_function(modal_cloud, tmp_path):
     """As far as the stand-in goes: the sandbox that the shell would run in is asked for, and not made."""
     modal_cloud.run("modal", "shell", f"{SCRIPT}::train_on_modal", "--cmd", "true", cwd=tmp_path)
     assert modal_cloud.missing
-    assert set(modal_cloud.missing) <= {"SandboxCreate", "SandboxCreateV2"}
+    assert set(modal_cloud.missing) <= {"SandboxCreate"}
 
 
 # --- what can happen to a run ------------------------------------------------------------------------------------
@@ -287,11 +287,11 @@ def small_run(folder: Path, *before: str) -> list:
 
 
 def test_while_commits_fail_the_run_waits_and_goes_on(modal_cloud, small_folder, tmp_path, undisturbed):
-    process = run_until(modal_cloud, tmp_path, "pictures to train on", *small_run(small_folder))
-    modal_cloud.fail_commits(seconds=8)
-    output, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, output + errors
-    assert "The volume cannot be committed" in output
+    modal_cloud.fail_commits(rpcs=2)
+    result = train(modal_cloud, small_folder, tmp_path)
+    assert result.status == 0, result.output
+    assert result.stdout.count("The volume cannot be committed") == 2
+    assert len(modal_cloud.containers) == 1
     assert_undisturbed(modal_cloud, undisturbed)
 
 
@@ -325,7 +325,7 @@ def test_detached_it_outlives_its_laptop_even_when_it_is_preempted_then(
 
 
 def test_a_run_cut_short_goes_on_by_name(modal_cloud, small_folder, tmp_path, undisturbed):
-    process = run_until(modal_cloud, tmp_path, "Epoch 1/3 complete", *small_run(small_folder))
+    process = run_until(modal_cloud, tmp_path, "Epoch 2/3 complete", *small_run(small_folder))
     process.send_signal(signal.SIGINT)  # Ctrl-C: without --detach the app is torn down
     process.communicate(timeout=120)
     time.sleep(1)

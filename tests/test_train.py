@@ -78,7 +78,6 @@ def test_with_no_data_it_trains_on_the_toy_cats_and_says_so(run_train, tmp_path)
 
 def test_a_run_leaves_what_the_design_says(undisturbed):
     assert {path.name for path in undisturbed.iterdir() if not path.name.startswith("events.out.tfevents")} == {
-        ".lock",
         "cats_model.pt",
         "metrics.jsonl",
         "state.pt",
@@ -134,6 +133,22 @@ def test_strange_names_and_a_batch_larger_than_the_data_work(tmp_path, monkeypat
     assert set(model.classes) == {"schwarze Kätzchen", "その他 & more"}
     photo = next((tmp_path / "my cats" / "schwarze Kätzchen").iterdir())
     assert sum(model.predict([photo])[0].values()) == pytest.approx(1)
+
+
+def test_a_folder_that_is_packed_is_never_decoded_again(small_toy, tmp_path, monkeypatch):
+    """Past failure 10: pictures were decoded in the training process, and the GPU waited.
+
+    Seen to fail with `Image.open` for the picture of the map in batches._batch.
+    """
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(small_toy, tmp_path / "cats")
+    train_here("cats", *SMALL, "--epochs", 1)
+
+    def opened(*_arguments, **_options):
+        raise AssertionError("a picture was opened")
+
+    monkeypatch.setattr(Image, "open", opened)
+    train_here("cats", *SMALL, "--epochs", 1, "--num-workers", 1)
 
 
 # --- it can be stopped anywhere ----------------------------------------------------------------------------------

@@ -254,13 +254,13 @@ class Container(ThisMachine):
 
             oxford_pets.download(data_dir)
             _commit(DATASET)
-        images = super().open_dataset(data_dir, short_side, SCRATCH)
-        if images.folder.is_relative_to(SCRATCH):
-            return images
-        _commit(DATASET)
-        local = SCRATCH / images.folder.parent.name / images.folder.name
-        log.info("Copying the packed pictures to the container's disk")
-        shutil.copytree(images.folder, local, dirs_exist_ok=True)
+        # Not kept: a volume cannot be committed while a file on it is mapped.
+        folder = super().open_dataset(data_dir, short_side, SCRATCH).folder
+        local = SCRATCH / folder.parent.name / folder.name
+        if folder != local:
+            log.info("Copying the packed pictures to the container's disk")
+            shutil.copytree(folder, local, dirs_exist_ok=True)
+            _commit(DATASET)
         return PackedImages(local)
 
     def num_workers(self, on_gpu: bool) -> int:

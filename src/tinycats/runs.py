@@ -2,15 +2,18 @@
 
 import argparse
 import fcntl
+import hashlib
 import json
 import logging
+import os
 import secrets
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from tinycats import checkpoints
 from tinycats.durable_files import atomic_write
@@ -93,6 +96,8 @@ def log_to_stdout() -> None:
 class Run:
     """An open run: keeps its state, its `metrics.jsonl` and its TensorBoard events; from `open_run`.
 
+    No file of the folder stays open while the state is made durable: Modal's volumes want it so.
+
     Attributes:
         folder: the run's folder; its name is what `--resume` calls the run.
         metrics: every recorded row, which the state carries along: a run that is resumed has in
@@ -118,7 +123,6 @@ class Run:
         self._saved_at = time.monotonic()
         with atomic_write(folder / "metrics.jsonl") as file:
             file.writelines(_json_line(row) for row in metrics)
-        self._metrics_file = (folder / "metrics.jsonl").open("ab", buffering=0)
         self._tensorboard = SummaryWriter(folder, purge_step=step + 1 if step else None)
 
     def record(self, row: dict[str, Any]) -> None:
@@ -129,7 +133,8 @@ class Run:
         """
         self.metrics.append(row)
         try:
-            self._metrics_file.write(_json_line(row))
+            with (self.folder / "metrics.jsonl").open("ab") as file:
+                file.write(_json_line(row))
             for key, value in row.items():
                 if isinstance(value, dict):
                     for name, part in value.items():
@@ -153,6 +158,7 @@ class Run:
             Stopped: a stop signal came.
         """
         checkpoints.save_state(self.folder, state)
+        self._tensorboard.close()  # it opens another file when there is more to write
         self._machine.persist()
         self._saved_at = time.monotonic()
         if self._stop.requested is not None:
@@ -162,7 +168,6 @@ class Run:
 
     def close(self) -> None:
         """Close the files."""
-        self._metrics_file.close()
         self._tensorboard.close()
 
 
@@ -191,7 +196,7 @@ def open_run(
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _lock(stack.enter_context((folder / ".lock").open("wb")), folder)
+            stack.enter_context(_locked(folder))
             file_log = stack.enter_context(_log_to_file(program, folder / "train.log"))
             run = stack.enter_context(closing(Run(folder, metrics, step, stop, machine, save_every)))
         except OSError as error:
@@ -209,25 +214,43 @@ def open_run(
             raise
 
 
-def _lock(lock: BinaryIO, folder: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process is training {folder}") from None
-    except OSError as error:
-        log.debug("No lock on %s: %s", folder, error)  # a network file system may have none
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    # Not in the folder: a volume of Modal's cannot be committed while a file on it is open.
+    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    with Path(tempfile.gettempdir(), f"tinycats-{os.getuid()}-{name}.lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is training {folder}") from None
+        yield
+
+
+class _LogFile(logging.Handler):
+    """Appends to a file that it opens for each line, for the reason given above."""
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(self.format(record) + "\n")
+        except OSError:
+            self.handleError(record)
 
 
 @contextmanager
 def _log_to_file(program: logging.Logger, path: Path) -> Iterator[logging.Handler]:
-    handler = logging.FileHandler(path, encoding="utf-8")
+    path.touch()
+    handler = _LogFile(path)
     handler.setFormatter(LOG_FORMAT)
     program.addHandler(handler)
     try:
         yield handler
     finally:
         program.removeHandler(handler)
-        handler.close()
 
 
 def _json_line(row: dict[str, Any]) -> bytes:

@@ -59,17 +59,20 @@ class ModalCloud:
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
         self._folder.cleanup()
 
     async def _start(self) -> None:
-        server = grpclib.server.Server([ControlPlane(self._cloud)], status_details_codec=custom_detail_codec)
+        self._server = server = grpclib.server.Server(
+            [ControlPlane(self._cloud)], status_details_codec=custom_detail_codec
+        )
         await server.start("127.0.0.1", 0)
         self._address = f"http://127.0.0.1:{server._server.sockets[0].getsockname()[1]}"
         blobs = web.Application(client_max_size=2**40)
         blobs.router.add_put("/blob/{blob_id}", self._put_blob)
         blobs.router.add_get("/blob/{blob_id}", self._get_blob)
         blobs.router.add_get("/volume/{volume_id}/{offset}/{length}/{path:.*}", self._get_volume_block)
-        runner = web.AppRunner(blobs)
+        self._blobs = runner = web.AppRunner(blobs)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
@@ -82,6 +85,16 @@ class ModalCloud:
         for container in self._cloud.containers:
             container.kill()
         await asyncio.gather(*running, return_exceptions=True)
+        self._server.close()
+        await self._server.wait_closed()
+        await self._blobs.cleanup()
+        for container in self._cloud.containers:  # so that its pipes are closed while there is a loop to do it
+            if container.process:
+                await container.process.wait()
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
 
     async def _put_blob(self, request: web.Request) -> web.Response:
         contents = await request.read()
@@ -179,9 +192,9 @@ class ModalCloud:
         """Answer every call UNAVAILABLE for a while."""
         self._cloud.unavailable_until = time.monotonic() + seconds
 
-    def fail_commits(self, seconds: float) -> None:
-        """Refuse every commit for a while."""
-        self._cloud.commits_fail_until = time.monotonic() + seconds
+    def fail_commits(self, rpcs: int) -> None:
+        """Refuse the next so many commits."""
+        self._cloud.failing_commits = rpcs
 
     def commit_in_background(self, every: float) -> None:
         """Commit each container's volumes now and then, as Modal does, whatever is being written at the time."""

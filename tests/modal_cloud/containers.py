@@ -31,6 +31,13 @@ class NoBubblewrap(RuntimeError):
         super().__init__("containers need bubblewrap: apt-get install bubblewrap")
 
 
+def _link(path: Path | str) -> str:
+    try:
+        return str(Path(path).readlink())
+    except OSError:  # the process has ended meanwhile
+        return ""
+
+
 @dataclass
 class Container:
     """One attempt at one input.
@@ -63,6 +70,17 @@ class Container:
         if self.pid and self.ended is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signum)
+
+    def open_files(self, mount_path: str) -> list[str]:
+        """Files below a volume's mount path that the container's processes have open or mapped."""
+        found: set[str] = set()
+        namespace = _link(f"/proc/{self.pid}/ns/pid")
+        for process in Path("/proc").glob("[0-9]*"):
+            if _link(f"{process}/ns/pid") == namespace:
+                with contextlib.suppress(OSError):
+                    found |= {_link(descriptor) for descriptor in (process / "fd").iterdir()}
+                    found |= {line.split(maxsplit=5)[-1] for line in (process / "maps").read_text().splitlines()}
+        return sorted(path for path in found if path.startswith(f"{mount_path}/"))
 
     def kill(self) -> None:
         """What a crash of the machine is."""

@@ -56,6 +56,7 @@ class Function:
     function_id: str
     app: App
     definition: api_pb2.Function
+    data: api_pb2.FunctionData
     metadata: api_pb2.FunctionHandleMetadata
 
 
@@ -97,7 +98,7 @@ class Cloud:
         # What goes wrong: the n-th list is for the n-th container.
         self.faults: dict[int, list[Fault]] = defaultdict(list)
         self.unavailable_until = 0.0
-        self.commits_fail_until = 0.0
+        self.failing_commits = 0
         self.background_commit_every: float | None = None
         self.grace_period = 30.0
         self.environment: dict[str, str] = {}
@@ -283,10 +284,14 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
 
     async def BlobCreate(self, request: api_pb2.BlobCreateRequest) -> api_pb2.BlobCreateResponse:
         blob_id = self.cloud.new_id("bl")
-        return api_pb2.BlobCreateResponse(blob_id=blob_id, upload_url=f"{self.cloud.blob_address}/blob/{blob_id}")
+        urls = api_pb2.UploadUrlList(items=[f"{self.cloud.blob_address}/blob/{blob_id}"])
+        return api_pb2.BlobCreateResponse(blob_ids=[blob_id], upload_urls=urls)
 
     async def BlobGet(self, request: api_pb2.BlobGetRequest) -> api_pb2.BlobGetResponse:
         return api_pb2.BlobGetResponse(download_url=f"{self.cloud.blob_address}/blob/{request.blob_id}")
+
+    async def SecretGetOrCreate(self, request: Any) -> api_pb2.SecretGetOrCreateResponse:
+        return api_pb2.SecretGetOrCreateResponse(secret_id=self.cloud.new_id("st"))
 
     # --- volumes -------------------------------------------------------------------------------------------------
 
@@ -364,8 +369,9 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
     async def VolumeCommit(self, request: api_pb2.VolumeCommitRequest) -> api_pb2.VolumeCommitResponse:
         container = self.container
         mounted = next(m for m in container.mounts.values() if m.volume.volume_id == request.volume_id)
-        if time.monotonic() < self.cloud.commits_fail_until:
-            raise GRPCError(Status.INTERNAL, "injected: the commit failed")
+        if self.cloud.failing_commits > 0:
+            self.cloud.failing_commits -= 1
+            raise GRPCError(Status.FAILED_PRECONDITION, "injected: the commit failed")
         counts = mounted.volume.name.endswith("outputs")
         container.commits += counts
         due = [f for f in self.cloud.faults[container.attempt] if counts and f.after_commits == container.commits]
@@ -396,7 +402,12 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
 
     async def VolumeReload(self, request: api_pb2.VolumeReloadRequest) -> Empty:
         if self.container:
-            mounted = next(m for m in self.container.mounts.values() if m.volume.volume_id == request.volume_id)
+            path, mounted = next(
+                (path, m) for path, m in self.container.mounts.items() if m.volume.volume_id == request.volume_id
+            )
+            if opened := self.container.open_files(path):
+                reason = f"there are open files preventing the operation: {opened}"
+                raise GRPCError(Status.FAILED_PRECONDITION, reason)
             await asyncio.get_running_loop().run_in_executor(None, mounted.reload)
         return Empty()
 
@@ -434,7 +445,7 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
             app_id=request.app_id,
         )
         app = self.cloud.apps[request.app_id]
-        self.cloud.functions[function_id] = Function(function_id, app, definition, metadata)
+        self.cloud.functions[function_id] = Function(function_id, app, definition, data, metadata)
         return api_pb2.FunctionCreateResponse(
             function_id=function_id, function=definition, handle_metadata=metadata, function_data=data
         )
@@ -444,7 +455,9 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
         if app is None or request.object_tag not in app.functions:
             raise GRPCError(Status.NOT_FOUND, f"App '{request.app_name}' has no function '{request.object_tag}'")
         function = self.cloud.functions[app.functions[request.object_tag]]
-        return api_pb2.FunctionGetResponse(function_id=function.function_id, handle_metadata=function.metadata)
+        return api_pb2.FunctionGetResponse(
+            function_id=function.function_id, handle_metadata=function.metadata, function=function.data
+        )
 
     async def FunctionMap(self, request: api_pb2.FunctionMapRequest) -> api_pb2.FunctionMapResponse:
         function = self.cloud.functions[request.function_id]
