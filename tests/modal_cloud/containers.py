@@ -63,6 +63,7 @@ class Container:
     input_sent: bool = False
     result: api_pb2.FunctionPutOutputsItem | None = None
     timed_out: bool = False
+    failed_to_start: bool = False
     tasks: list[asyncio.Task] = field(default_factory=list)
 
     def send_signal(self, signum: int) -> None:

@@ -509,7 +509,8 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
                 deaths += 1
                 continue
             spawned = call.invocation != api_pb2.FUNCTION_CALL_INVOCATION_TYPE_SYNC
-            if container.ended in ("failure", "timeout") and spawned and failures < policy.retries:
+            retry = container.ended in ("failure", "timeout") and not container.failed_to_start
+            if retry and spawned and failures < policy.retries:
                 delay = policy.initial_delay_ms * policy.backoff_coefficient**failures
                 failures += 1
                 call.retry_count += 1
@@ -646,6 +647,8 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
         return Empty()
 
     async def TaskResult(self, request: api_pb2.TaskResultRequest) -> Empty:
+        # The script could not be imported: the input was never begun, and no other container will do better.
+        self.container.failed_to_start = True
         self.container.result = api_pb2.FunctionPutOutputsItem(
             result=request.result, data_format=api_pb2.DATA_FORMAT_PICKLE
         )
