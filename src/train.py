@@ -152,7 +152,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     total_steps = options.epochs * batches.steps_per_epoch
 
     # Model, optimizer, learning rate.
-    device = devices.choose(options.mixed_precision)
+    device = devices.choose(options.mixed_precision, expects_gpu=machine.expects_gpu)
     torch.manual_seed(seed_for(options.seed, INITIALISATION))
     model = classifier.build(options.backbone, len(classes), pretrained=options.pretrained and not state)
     model.to(device.device, memory_format=torch.channels_last)

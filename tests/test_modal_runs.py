@@ -87,6 +87,7 @@ def modal_run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
         (["--gpu", "A100:9"], "the number of GPUs is 1 to 8"),
         (["--timeout", "25"], "--timeout: 25 is out of range: above 0 and at most 24"),
         (["--output-dir", "/tmp"], "on Modal it is outputs"),
+        (["--resume", "runs/r/state.pt"], "on Modal it is a run's name"),
         (["pictures"], "pictures is not there"),
         (["--detach"], "unrecognized arguments: --detach"),
     ],

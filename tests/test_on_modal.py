@@ -365,6 +365,13 @@ def test_a_loss_that_diverges_fails_once_and_its_log_is_in_the_volume(modal_clou
     assert "training diverged" in log
 
 
+def test_a_run_that_is_not_in_the_volume_cannot_be_resumed_and_rents_nothing(modal_cloud, tmp_path):
+    result = modal_cloud.run("modal", "run", SCRIPT, "--resume", "gone", cwd=tmp_path)
+    assert result.status == 1
+    assert "error: --resume gone: no such run in the volume cats-model-outputs (there: none)" in result.stderr
+    assert modal_cloud.containers == []
+
+
 def test_a_runs_name_that_is_taken_is_refused_before_a_gpu_is_rented(modal_cloud, small_folder, tmp_path):
     assert train(modal_cloud, small_folder, tmp_path, "--epochs", "1").status == 0
     before = results(outputs(modal_cloud) / "runs" / "r")[1]

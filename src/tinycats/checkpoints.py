@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 STATE = "state.pt"
 PREVIOUS_STATE = "state.previous.pt"
+STATES = (STATE, PREVIOUS_STATE)
 _FOOTER = b"\ntinycats sha256 "
 _FOOTER_LENGTH = len(_FOOTER) + 64 + 1
 
@@ -114,4 +115,4 @@ def load_state(path: Path) -> dict[str, Any]:
 
 def has_state(folder: Path) -> bool:
     """Whether a run was ever saved in `folder`."""
-    return (folder / STATE).exists() or (folder / PREVIOUS_STATE).exists()
+    return any((folder / name).exists() for name in STATES)

@@ -35,7 +35,7 @@ class Device:
         return torch.nn.DataParallel(model) if self.is_gpu and torch.cuda.device_count() > 1 else model
 
 
-def choose(mixed_precision: bool) -> Device:
+def choose(mixed_precision: bool, *, expects_gpu: bool = False) -> Device:
     """The GPU if there is one, else the CPU; says what it chose.
 
     Mixed precision (Micikevicius et al., arXiv 1710.03740) is bf16 where the GPU computes in it, and fp16 with
@@ -43,6 +43,8 @@ def choose(mixed_precision: bool) -> Device:
     """
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
+    if expects_gpu and not on_gpu:
+        log.warning("This machine should have a GPU, but torch %s finds none", torch.__version__)
     mixed = mixed_precision and on_gpu
     # Only what the GPU computes in itself: emulated bf16 is slower than float32.
     dtype = torch.bfloat16 if mixed and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

@@ -15,6 +15,8 @@ class ThisMachine:
         script: the script's name, for the commands that it recommends.
     """
 
+    expects_gpu = False  # whether training without one is worth a warning
+
     def __init__(self, script: str):
         self.script = script
 

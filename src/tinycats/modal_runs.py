@@ -5,6 +5,7 @@ gets: the first container, and each that follows a preemption, a crash or a time
 goes on from the state that it finds in the volume. See plans/ADR-007.
 """
 
+import argparse
 import hashlib
 import io
 import logging
@@ -19,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import modal
 
-from tinycats import runs
-from tinycats.command_line import Options, Parser
+from tinycats import checkpoints, runs
+from tinycats.command_line import Options, Parser, run_name
 from tinycats.data_dirs import is_cats, is_toy
 from tinycats.errors import TransientError, UserError
 from tinycats.image_folders import ImageFolder, scan
@@ -90,6 +91,11 @@ def script_arguments(argv: Sequence[str], script: str) -> list[str] | None:
 
 def _check(options: Options) -> None:
     output_path(options)
+    if options.resume:
+        try:
+            run_name(options.resume)
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"--resume: on Modal it is a run's name; {error}") from None
     local = options.data_dir
     in_volume = volume_path(local)
     if in_volume is None:
@@ -131,9 +137,8 @@ def submit(function: modal.Function, parser: Parser, arguments: Sequence[str]) -
     runs.log_to_stdout()
     try:
         _check(options)
-        name = options.run or Path(options.resume or runs.new_name()).name
-        if options.run:
-            _check_new(options)
+        name = options.run or options.resume or runs.new_name()
+        _check_run(options)
         payload = {
             "arguments": list(arguments),
             "run": name,
@@ -142,7 +147,7 @@ def submit(function: modal.Function, parser: Parser, arguments: Sequence[str]) -
         }
     except UserError as error:
         _fail(str(error))
-    resume = f"modal run src/{parser.prog} --resume {name}"
+    resume = Container(parser.prog).how_to_resume(runs.folder_of(output_path(options), name))
     log.info("Submitting the run %s. If it is cut short: %s", name, resume)
     call = function.spawn(payload)
     try:
@@ -172,10 +177,18 @@ def _fail(message: str) -> None:
     sys.exit(1)
 
 
-def _check_new(options: Options) -> None:
-    folder = PurePosixPath("/", *output_path(options).parts[2:], "runs", options.run)
-    if any(entry.path.endswith("state.pt") for entry in _list(OUTPUTS, folder)):
+def _check_run(options: Options) -> None:
+    """A new run's name must be free in the volume, an old one's there: known before a GPU is rented."""
+    name = options.run or options.resume
+    if name is None:
+        return
+    folder = PurePosixPath("/", runs.folder_of(output_path(options), name).relative_to(OUTPUTS_MOUNT))
+    is_there = any(PurePosixPath(entry.path).name in checkpoints.STATES for entry in _list(OUTPUTS, folder))
+    if options.run and is_there:
         raise UserError(runs.taken(options.run))
+    if options.resume and not is_there:
+        known = sorted(PurePosixPath(entry.path).name for entry in _list(OUTPUTS, folder.parent))
+        raise UserError(runs.unknown(options.resume, f"the volume {OUTPUTS_VOLUME}", known))
 
 
 def _list(volume: modal.Volume, folder: PurePosixPath) -> list:
@@ -271,9 +284,13 @@ class Container(ThisMachine):
         """Commit the outputs: what the log calls saved can be fetched, and survives this container."""
         _commit(OUTPUTS)
 
+    expects_gpu = True
+
     def how_to_resume(self, run: Path) -> str:
         """The command that goes on with the run."""
-        return f"modal run src/{self.script} --resume {run.name}"
+        output_dir = Path("outputs", run.parent.parent.relative_to(OUTPUTS_MOUNT))
+        elsewhere = "" if output_dir == Path("outputs") else f"--output-dir {output_dir} "
+        return f"modal run src/{self.script} {elsewhere}--resume {run.name}"
 
     def how_to_fetch(self, model: Path) -> str:
         """The command that brings the model to the laptop."""

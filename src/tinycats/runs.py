@@ -41,6 +41,11 @@ def taken(name: str) -> str:
     return f"the run {name} exists; go on with it by --resume {name}, or choose another name"
 
 
+def unknown(name: str, place: str, known: list[str]) -> str:
+    """What to say to who would resume a run that is not there."""
+    return f"--resume {name}: no such run in {place} (there: {', '.join(known) or 'none'})"
+
+
 def resumed_state(output_dir: Path, resume: str) -> Path:
     """The state file that `--resume` means: the newest one of the run of that name, or the file of that path.
     The run goes on in the folder where its state lies.
@@ -55,9 +60,7 @@ def resumed_state(output_dir: Path, resume: str) -> Path:
     folder = folder_of(output_dir, resume)
     if not checkpoints.has_state(folder):
         known = sorted(path.name for path in output_dir.glob("runs/*") if checkpoints.has_state(path))
-        raise UserError(
-            f"--resume {resume}: no such run in {output_dir / 'runs'} (there: {', '.join(known) or 'none'})"
-        )
+        raise UserError(unknown(resume, str(output_dir / "runs"), known))
     return folder / checkpoints.STATE
 
 

@@ -101,6 +101,7 @@ class Cloud:
         self.failing_commits = 0
         self.background_commit_every: float | None = None
         self.grace_period = 30.0
+        self.longest_retry_delay_ms = 100  # tests need not wait as long as their functions ask for
         self.environment: dict[str, str] = {}
         self.blob_address = ""
 
@@ -514,7 +515,7 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
                 delay = policy.initial_delay_ms * policy.backoff_coefficient**failures
                 failures += 1
                 call.retry_count += 1
-                await asyncio.sleep(min(delay, policy.max_delay_ms) / 1000)
+                await asyncio.sleep(min(delay, policy.max_delay_ms, self.cloud.longest_retry_delay_ms) / 1000)
                 continue
             break
         if container.result is None:
