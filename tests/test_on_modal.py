@@ -239,8 +239,9 @@ def test_modal_shell_finds_the_function(modal_cloud, tmp_path):
 def test_whatever_ends_a_container_the_next_goes_on(kinds, ended, modal_cloud, small_folder, tmp_path, undisturbed):
     """Past failures 6 (restarted at step 0, schedule and random numbers forgotten) and 7 (nothing committed).
 
-    Seen to fail without `schedule.load_state_dict` in src/train.py (other weights), and with an empty
-    `Container.persist` (killed, it begins at step 0).
+    Seen to fail without `schedule.load_state_dict` in src/train.py (other metrics), with an empty
+    `Container.persist` (nothing is ever committed), and without `self._tensorboard.close()` in Run.save (a file
+    on the volume is open, so that it cannot be committed).
     """
     for container in range(1, len(kinds) + 1):
         modal_cloud.fail(container, Fault(kinds[container - 1], after_commits=2))
@@ -358,7 +359,8 @@ def test_bad_data_fails_once_with_its_line_on_the_terminal(modal_cloud, small_fo
 
 
 def test_a_loss_that_diverges_fails_once_and_its_log_is_in_the_volume(modal_cloud, small_folder, tmp_path):
-    """Past failure 7: nothing was committed when the run failed."""
+    """Past failure 7: nothing was committed when the run failed. (A container that ends by itself commits once
+    more, so this does not depend on run_in_container's own commit alone.)"""
     result = train(modal_cloud, small_folder, tmp_path, "--lr", "1e8", "--gradient-clip", "0")
     assert_one_line_and_no_retry(modal_cloud, result, "training diverged")
     log = (outputs(modal_cloud) / "runs" / "r" / "train.log").read_text()
@@ -389,7 +391,8 @@ def test_all_that_a_container_imports_is_installed_by_its_image(modal_cloud, sma
     """Past failure 8: a missing module was papered over with stubs.
 
     A copy of the project whose requirements lack tensorboard: it is installed on this machine, but the run
-    says that it is not in the image, instead of logging curves that nobody will find.
+    says that it is not in the image, instead of logging curves that nobody will find. Seen to fail with a
+    MagicMock for the SummaryWriter that cannot be imported in runs.Run.
     """
     project = tmp_path / "project"
     shutil.copytree(REPOSITORY / "src", project / "src", ignore=shutil.ignore_patterns("__pycache__"))

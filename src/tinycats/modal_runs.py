@@ -342,4 +342,5 @@ def run_in_container(
     except UserError as error:
         return {"error": str(error)}
     finally:
-        _commit(OUTPUTS)  # the log of a run that failed is what its user wants most
+        # Before the laptop hears of the end: whoever reads that the run is over finds its files, its log above all.
+        _commit(OUTPUTS)
