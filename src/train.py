@@ -1,11 +1,11 @@
 """Fine-tune a ResNet to tell twelve breeds of cats, and what is no cat, apart.
 
-    modal run src/train.py data/cats --epochs 20        on a rented GPU
-    modal run --detach src/train.py --backbone resnet50 the same, and the run outlives this terminal
-    python src/train.py data/cats --epochs 1            on this machine
-    python src/train.py --epochs 1                      on this machine, with drawn cats if there are no real ones
-    python src/train.py --resume RUN                    go on with a run that was interrupted
-    python src/train.py --help                          every option
+    modal run src/train.py data/cats --epochs 20           on a rented GPU
+    modal run --detach src/train.py --backbone resnet50    the same, and the run outlives this terminal
+    python src/train.py data/cats --epochs 1               on this machine
+    python src/train.py --epochs 1                         on this machine, with drawn cats if there are no real ones
+    python src/train.py --resume RUN                       go on with a run that was interrupted
+    python src/train.py --help                             every option
 
 A run is a function of its seed and its step: interrupted and resumed as often as you like, it ends where it
 would have ended. Its folder is outputs/runs/<run>/, and the finished model outputs/cats_model.pt.
@@ -126,7 +126,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         UserError: the data, an option or a state is of no use, the disk is full, training diverged.
         Stopped: a stop signal came; the state is saved.
     """
-    folder, state = runs.starting_point(options)
+    folder, state = runs.starting_point(options, PARSER.prog)
     if state:
         options = command_line.resumed_options(options, state["options"])
 
@@ -179,6 +179,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         require_finite(epoch_loss.item())
         require_finite(0.0 if all_finite(model) else math.inf)
         return {
+            "script": PARSER.prog,
             "options": command_line.saved_options(options),
             "submission": options.submission,
             "data": images.content,

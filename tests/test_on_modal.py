@@ -102,6 +102,7 @@ def test_what_is_asked_of_modal(modal_cloud, small_folder, tmp_path):
     assert asked.timeout_secs == 5400
     assert asked.retry_policy.retries == 10
     assert asked.single_use_containers
+    assert any("pip install -r /.requirements.txt" in command for command in modal_cloud.image_commands)
     volumes = {mount.mount_path: mount.volume_id for mount in asked.volume_mounts}
     assert set(volumes) == {"/outputs", "/data"}
     assert volumes["/outputs"] == modal_cloud.volume("cats-model-outputs").volume_id
@@ -225,6 +226,34 @@ def test_modal_shell_finds_the_function(modal_cloud, tmp_path):
     assert set(modal_cloud.missing) <= {"SandboxCreate"}
 
 
+def test_a_detached_run_is_watched_and_stopped_by_its_apps_id(modal_cloud, small_folder, tmp_path):
+    process = run_until(modal_cloud, tmp_path, "Epoch 1/50 complete", *small_run(small_folder, "--detach", epochs=50))
+    process.kill()
+    process.communicate()
+    assert modal_cloud.run("modal", "token", "info", cwd=tmp_path).status == 0
+    listed = modal_cloud.run("modal", "app", "list", "--json", cwd=tmp_path)
+    app_id = re.search(r"ap-\d{22}", listed.stdout)[0]
+    assert "tiny-cats-model" in listed.stdout
+    logs = modal_cloud.run("modal", "app", "logs", app_id, cwd=tmp_path)
+    assert "Epoch 1/50 complete" in logs.stdout, logs.output
+    stopped = modal_cloud.run("modal", "app", "stop", app_id, "--yes", cwd=tmp_path)
+    assert stopped.status == 0, stopped.output
+    followed = modal_cloud.run("modal", "app", "logs", app_id, "--follow", cwd=tmp_path)
+    assert "Epoch 1/50 complete" in followed.output
+    assert modal_cloud.missing == []
+    assert [container.ended for container in modal_cloud.containers] == ["died"]
+
+
+def test_an_uploaded_folder_can_be_forgotten(modal_cloud, tmp_path):
+    (tmp_path / "picture.png").write_bytes(b"")
+    modal_cloud.run("modal", "volume", "create", "cats-dataset", cwd=tmp_path)
+    modal_cloud.run("modal", "volume", "put", "cats-dataset", "picture.png", "/mine/a/picture.png", cwd=tmp_path)
+    assert (modal_cloud.volume("cats-dataset").files / "mine" / "a" / "picture.png").exists()
+    removed = modal_cloud.run("modal", "volume", "rm", "--recursive", "cats-dataset", "mine", cwd=tmp_path)
+    assert removed.status == 0, removed.output
+    assert list(modal_cloud.volume("cats-dataset").files.iterdir()) == []
+
+
 # --- what can happen to a run ------------------------------------------------------------------------------------
 
 
@@ -239,9 +268,8 @@ def test_modal_shell_finds_the_function(modal_cloud, tmp_path):
 def test_whatever_ends_a_container_the_next_goes_on(kinds, ended, modal_cloud, small_folder, tmp_path, undisturbed):
     """Past failures 6 (restarted at step 0, schedule and random numbers forgotten) and 7 (nothing committed).
 
-    Seen to fail without `schedule.load_state_dict` in src/train.py (other metrics), with an empty
-    `Container.persist` (nothing is ever committed), and without `self._tensorboard.close()` in Run.save (a file
-    on the volume is open, so that it cannot be committed).
+    Seen to fail without `schedule.load_state_dict` in src/train.py (other metrics), and with an empty
+    `Container.persist` (nothing is ever committed).
     """
     for container in range(1, len(kinds) + 1):
         modal_cloud.fail(container, Fault(kinds[container - 1], after_commits=2))
@@ -283,8 +311,8 @@ def run_until(cloud: ModalCloud, cwd: Path, text: str, *command: object):
     raise AssertionError(f"{text!r} was not printed: {process.stderr.read()}")
 
 
-def small_run(folder: Path, *before: str) -> list:
-    return ["modal", "run", *before, SCRIPT, folder, *SMALL, "--epochs", EPOCHS, "--run", "r"]
+def small_run(folder: Path, *before: str, epochs: int = EPOCHS) -> list:
+    return ["modal", "run", *before, SCRIPT, folder, *SMALL, "--epochs", epochs, "--run", "r"]
 
 
 def test_while_commits_fail_the_run_waits_and_goes_on(modal_cloud, small_folder, tmp_path, undisturbed):

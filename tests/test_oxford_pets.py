@@ -1,9 +1,13 @@
 """data/cats from the Oxford-IIIT Pet dataset: arranged by breed, downloaded whole or not at all."""
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from conftest import REPOSITORY
 from pets_mirror import dataset_files, jpeg
 from tinycats import oxford_pets
 from tinycats.errors import TransientError, UserError
@@ -89,6 +93,27 @@ def test_unpacking_cut_in_the_middle_is_done_again(mirror, tmp_path):
     oxford_pets.download(tmp_path / "data" / "cats")
     assert files_of(tmp_path / "data" / "cats") == ARRANGED
     assert (tmp_path / "data/cats/train/Abyssinian/Abyssinian_1.jpg").read_bytes() == jpeg()
+
+
+def test_the_download_script_prepares_data_cats_beside_itself(mirror, tmp_path):
+    """`bash data/download.sh`, in a copy of the project, from any folder."""
+    project = tmp_path / "project"
+    (project / "data").mkdir(parents=True)
+    (project / "src").symlink_to(REPOSITORY / "src")
+    (project / ".venv").symlink_to(sys.prefix)
+    shutil.copy(REPOSITORY / "data" / "download.sh", project / "data")
+    command = ["bash", str(project / "data" / "download.sh")]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "about 811 MB" in result.stdout
+    assert files_of(project / "data" / "cats") == ARRANGED
+
+    mirror.cut = {"images.tar.gz"}
+    shutil.rmtree(project / "data" / "cats")
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: cannot download the dataset")
+    assert not (project / "data" / "cats").exists()
 
 
 def test_without_a_network_it_says_so_in_a_line(tmp_path, monkeypatch):

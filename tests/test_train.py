@@ -367,6 +367,13 @@ def test_a_state_of_other_data_is_refused(copy_of_run, tmp_path):
         train_here("others", "--resume", "r")
 
 
+def test_a_state_of_another_script_is_refused(copy_of_run):
+    state = checkpoints.load(copy_of_run / checkpoints.STATE)
+    checkpoints.save(copy_of_run / checkpoints.STATE, state | {"script": "train_dit.py"})
+    with pytest.raises(UserError, match=r"is a state of train_dit\.py, not of train\.py"):
+        train_here("--resume", "r")
+
+
 def test_a_run_that_exists_is_not_continued_or_overwritten_by_accident(copy_of_run, small_toy, capsys):
     before = {path.name: path.read_bytes() for path in copy_of_run.iterdir()}
     with pytest.raises(SystemExit):

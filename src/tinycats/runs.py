@@ -64,18 +64,21 @@ def resumed_state(output_dir: Path, resume: str) -> Path:
     return folder / checkpoints.STATE
 
 
-def starting_point(options: argparse.Namespace) -> tuple[Path, dict[str, Any] | None]:
+def starting_point(options: argparse.Namespace, script: str) -> tuple[Path, dict[str, Any] | None]:
     """Where a command's run lives and the state to go on from, None for a new run.
 
     A new run's name must be free. On Modal an attempt that follows another's death brings the same
     `options.submission`, by which it knows the state that it finds for its own.
 
     Raises:
-        UserError: no such run to resume, a name that is taken, no state that is whole.
+        UserError: no such run to resume, or another script's; a name that is taken; no state that is whole.
     """
     if options.resume:
         path = resumed_state(options.output_dir, options.resume)
-        return path.parent, checkpoints.load_state(path)
+        state = checkpoints.load_state(path)
+        if state.get("script") != script:
+            raise UserError(f"{path} is a state of {state.get('script')}, not of {script}")
+        return path.parent, state
     folder = folder_of(options.output_dir, options.run or new_name())
     if not checkpoints.has_state(folder):
         return folder, None
@@ -161,7 +164,6 @@ class Run:
             Stopped: a stop signal came.
         """
         checkpoints.save_state(self.folder, state)
-        self._tensorboard.close()  # it opens another file when there is more to write
         self._machine.persist()
         self._saved_at = time.monotonic()
         if self._stop.requested is not None:

@@ -106,8 +106,8 @@ class Cloud:
         self.blob_address = ""
 
     def new_id(self, prefix: str) -> str:
-        """An id of the client's liking: `fu-000012`."""
-        return f"{prefix}-{next(self.ids):06}"
+        """An id of the client's liking: two letters and 22 digits (it takes anything else for a name)."""
+        return f"{prefix}-{next(self.ids):022}"
 
     def volume(self, name: str) -> Volume:
         """The volume of that name.
@@ -167,6 +167,13 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
         metadata = api_pb2.EnvironmentMetadata(name=request.deployment_name or "main", settings=settings)
         return api_pb2.EnvironmentGetOrCreateResponse(environment_id="en-000001", metadata=metadata)
 
+    async def TokenInfoGet(self, request: Any) -> api_pb2.TokenInfoGetResponse:
+        return api_pb2.TokenInfoGetResponse(
+            token_id="ak-stand-in",
+            workspace_name="stand-in",
+            user_identity=api_pb2.UserIdentity(username="nobody"),
+        )
+
     # --- apps ----------------------------------------------------------------------------------------------------
 
     async def AppCreate(self, request: api_pb2.AppCreateRequest) -> api_pb2.AppCreateResponse:
@@ -215,6 +222,37 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
         if app.state == api_pb2.APP_STATE_EPHEMERAL:
             await self._stop(app)
         return Empty()
+
+    async def AppList(self, request: api_pb2.AppListRequest) -> api_pb2.AppListResponse:
+        apps = [
+            api_pb2.AppListResponse.AppListItem(
+                app_id=app.app_id,
+                description=app.name,
+                state=api_pb2.APP_STATE_STOPPED if app.stopped else app.state,
+                created_at=time.time(),
+                n_running_tasks=sum(
+                    container.ended is None and container.call.function.app is app
+                    for container in self.cloud.containers
+                ),
+            )
+            for app in self.cloud.apps.values()
+        ]
+        return api_pb2.AppListResponse(apps=apps)
+
+    async def AppGetLifecycle(self, request: Any) -> api_pb2.AppGetLifecycleResponse:
+        if request.app_id not in self.cloud.apps:
+            raise GRPCError(Status.NOT_FOUND, f"App '{request.app_id}' not found")
+        app = self.cloud.apps[request.app_id]
+        state = api_pb2.APP_STATE_STOPPED if app.stopped else app.state
+        return api_pb2.AppGetLifecycleResponse(lifecycle=api_pb2.AppLifecycle(app_state=state))
+
+    async def AppFetchLogs(self, request: api_pb2.AppFetchLogsRequest) -> api_pb2.AppFetchLogsResponse:
+        lines = "".join(self.cloud.apps[request.app_id].logs).splitlines(keepends=True)[-request.limit :]
+        items = [
+            api_pb2.TaskLogs(data=line, timestamp=time.time(), file_descriptor=api_pb2.FILE_DESCRIPTOR_STDOUT)
+            for line in lines
+        ]
+        return api_pb2.AppFetchLogsResponse(batches=[api_pb2.TaskLogsBatch(items=items)])
 
     async def AppStop(self, request: api_pb2.AppStopRequest) -> Empty:
         await self._stop(self.cloud.apps[request.app_id])

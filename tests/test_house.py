@@ -1,0 +1,55 @@
+"""What the documents say is what the product does."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import train
+from conftest import REPOSITORY
+
+PLANS = [f"plans/{path.name}" for path in (REPOSITORY / "plans").glob("*.md")]
+DOCUMENTS = ["README.md", "AGENTS.md", "modal.yml", "src/train.py", *PLANS]
+
+
+def commands_of(script: str) -> list[tuple[str, bool]]:
+    """Every command in the documents that starts a script: its arguments, and whether it is for Modal."""
+    found = []
+    for document in DOCUMENTS:
+        text = (REPOSITORY / document).read_text()
+        for launcher, rest in re.findall(rf"(modal run(?: --detach)?|python) src/{script}([^\n`#]*)", text):
+            # What follows two spaces is a remark; an ellipsis or a placeholder stands for more.
+            arguments = re.split(r"  +|…|\)", rest)[0].strip()
+            found.append((arguments, launcher.startswith("modal")))
+    return found
+
+
+def test_every_command_that_trains_in_the_documents_is_accepted(tmp_path, monkeypatch):
+    commands = commands_of("train.py")
+    assert len(commands) > 20
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data/cats", "path/to/pictures"):
+        Path(folder).mkdir(parents=True)
+    for run in ("20260225-100000-1f3a", "RUN"):
+        state = Path("outputs/runs", run, "state.pt")
+        state.parent.mkdir(parents=True)
+        state.touch()
+    for arguments, on_modal in commands:
+        words = shlex.split(arguments)
+        if "--help" in words:
+            with pytest.raises(SystemExit) as exit:
+                train.PARSER.parse(words, on_modal=on_modal)
+            assert exit.value.code == 0
+        elif words[1:2] != ["::train_on_modal"]:
+            train.PARSER.parse(words, on_modal=on_modal)
+
+
+def test_every_decision_that_a_document_names_is_there():
+    for document in [*DOCUMENTS, "GOAP.md"]:
+        for number in re.findall(r"ADR-(\d{3})", (REPOSITORY / document).read_text()):
+            assert list((REPOSITORY / "plans").glob(f"ADR-{number}-*.md")), f"{document} names ADR-{number}"
+
+
+def test_modal_yml_says_that_it_is_never_executed():
+    assert (REPOSITORY / "modal.yml").read_text().startswith("# Documentation only")
