@@ -83,6 +83,8 @@ class ClassifierParser(command_line.Parser):
             options.pretrained = not is_toy(options.data_dir)
         if options.image_size is None:
             options.image_size = 64 if is_toy(options.data_dir) else 224
+        if options.resume:
+            return  # the rest is the run's, and was checked when it began
         if options.batch_size == 1 and options.image_size <= 32:
             self.error("--batch-size 1 needs an --image-size above 32: the last layers normalise over a single value")
         if options.warmup_epochs > options.epochs:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import train
+import train_dit
 from conftest import REPOSITORY
 
 PLANS = [f"plans/{path.name}" for path in (REPOSITORY / "plans").glob("*.md")]
-DOCUMENTS = ["README.md", "AGENTS.md", "modal.yml", "src/train.py", *PLANS]
+DOCUMENTS = ["README.md", "AGENTS.md", "modal.yml", "src/train.py", "src/train_dit.py", *PLANS]
 
 
 def commands_of(script: str) -> list[tuple[str, bool]]:
@@ -18,16 +19,17 @@ def commands_of(script: str) -> list[tuple[str, bool]]:
     found = []
     for document in DOCUMENTS:
         text = (REPOSITORY / document).read_text()
-        for launcher, rest in re.findall(rf"(modal run(?: --detach)?|python) src/{script}([^\n`#]*)", text):
+        for launcher, rest in re.findall(rf"(modal run(?: --detach)?|python) src/{re.escape(script)}([^\n`#]*)", text):
             # What follows two spaces is a remark; an ellipsis or a placeholder stands for more.
             arguments = re.split(r"  +|…|\)", rest)[0].strip()
             found.append((arguments, launcher.startswith("modal")))
     return found
 
 
-def test_every_command_that_trains_in_the_documents_is_accepted(tmp_path, monkeypatch):
-    commands = commands_of("train.py")
-    assert len(commands) > 20
+@pytest.mark.parametrize("script", [train, train_dit])
+def test_every_command_that_trains_in_the_documents_is_accepted(script, tmp_path, monkeypatch):
+    commands = commands_of(script.PARSER.prog)
+    assert len(commands) > 8
     monkeypatch.chdir(tmp_path)
     for folder in ("data/cats", "path/to/pictures"):
         Path(folder).mkdir(parents=True)
@@ -39,10 +41,10 @@ def test_every_command_that_trains_in_the_documents_is_accepted(tmp_path, monkey
         words = shlex.split(arguments)
         if "--help" in words:
             with pytest.raises(SystemExit) as exit:
-                train.PARSER.parse(words, on_modal=on_modal)
+                script.PARSER.parse(words, on_modal=on_modal)
             assert exit.value.code == 0
         elif words[1:2] != ["::train_on_modal"]:
-            train.PARSER.parse(words, on_modal=on_modal)
+            script.PARSER.parse(words, on_modal=on_modal)
 
 
 def test_every_decision_that_a_document_names_is_there():

@@ -19,7 +19,7 @@ from PIL import Image
 from conftest import REPOSITORY, SMALL
 from modal_cloud import Fault, Finished, ModalCloud
 from modal_cloud.containers import Container
-from tinycats import checkpoints, classifier
+from tinycats import checkpoints, classifier, generator
 
 SCRIPT = REPOSITORY / "src" / "train.py"
 EPOCHS = 3  # of ten steps each, with SMALL
@@ -363,6 +363,38 @@ def test_a_run_cut_short_goes_on_by_name(modal_cloud, small_folder, tmp_path, un
     assert result.status == 0, result.output
     assert first_step(modal_cloud.containers[1]) >= 10
     assert_undisturbed(modal_cloud, undisturbed)
+
+
+# --- the generator -----------------------------------------------------------------------------------------------
+
+
+def test_the_generator_too_survives_whatever_ends_its_containers(modal_cloud, small_folder, tmp_path):
+    shape = ("--image-size", "32", "--patch-size", "8", "--dim", "64", "--depth", "2", "--heads", "2")
+    settings = (*shape, "--batch-size", "8", "--steps", "60", "--sample-every", "40", "--save-every", "0.005")
+    command = ("modal", "run", REPOSITORY / "src" / "train_dit.py", small_folder, *settings)
+    undisturbed = modal_cloud.run(*command, "--run", "undisturbed", cwd=tmp_path)
+    assert undisturbed.status == 0, undisturbed.output
+    assert "modal volume get cats-model-outputs tiny_dit.pt ." in undisturbed.stdout
+    (function,) = modal_cloud.functions
+    assert function.app.name == "tiny-cats-dit"
+    assert function.definition.resources.gpu_config.gpu_type == "A10G"
+
+    for container, kind in ((2, "preempt"), (3, "kill"), (4, "timeout")):
+        modal_cloud.fail(container, Fault(kind, after_commits=2))
+    disturbed = modal_cloud.run(*command, "--run", "disturbed", cwd=tmp_path)
+    assert disturbed.status == 0, disturbed.output
+    ended = [container.ended for container in modal_cloud.containers]
+    assert ended == ["success", "interrupted", "died", "timeout", "success"]
+    one, other = (outputs(modal_cloud) / "runs" / name for name in ("undisturbed", "disturbed"))
+    assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
+    for grid in ("step_0000040.png", "step_0000060.png"):
+        assert (one / "samples" / grid).read_bytes() == (other / "samples" / grid).read_bytes()
+    weights, others = (checkpoints.load(run / "tiny_dit.pt")["state_dict"] for run in (one, other))
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+    fetched = modal_cloud.run("modal", "volume", "get", "cats-model-outputs", "tiny_dit.pt", ".", cwd=tmp_path)
+    assert fetched.status == 0, fetched.output
+    assert generator.load(tmp_path / "tiny_dit.pt").draw(["tabby"], steps=2).shape == (1, 3, 32, 32)
 
 
 # --- mistakes that no retry can mend -----------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from tinycats.packed_images import PackedImages
 from tinycats.signals import leave_stop_signals_to_parent
 
 # What a random number is for. Streams with different purposes must not share numbers.
-SHUFFLING, AUGMENTATION, INITIALISATION = range(3)
+SHUFFLING, AUGMENTATION, INITIALISATION, PATH, NOISE, VALIDATION, DRAWING = range(7)
 
 ImageTransform = Callable[[torch.Tensor], torch.Tensor]
 

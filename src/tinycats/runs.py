@@ -13,13 +13,16 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tinycats import checkpoints
 from tinycats.durable_files import atomic_write
 from tinycats.errors import UserError
 from tinycats.machines import ThisMachine
 from tinycats.signals import Stopped, StopSignals
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +150,24 @@ class Run:
                         self._tensorboard.add_scalar(f"{key}/{name}", part, row["step"])
                 elif key not in ("step", "epoch"):
                     self._tensorboard.add_scalar(key, value, row["step"])
+            self._tensorboard.flush()
+        except OSError as error:
+            raise UserError(f"cannot write to {self.folder}: {error.strerror}; the saved state is untouched") from error
+
+    def picture(self, name: str, picture: "torch.Tensor", step: int) -> None:
+        """Keep a picture, uint8 [3, H, W], as `<name>/step_NNNNNNN.png` and in TensorBoard.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        from torchvision.io import encode_png
+
+        try:
+            path = self.folder / name / f"step_{step:07}.png"
+            path.parent.mkdir(exist_ok=True)
+            with atomic_write(path) as file:
+                file.write(encode_png(picture).numpy().tobytes())
+            self._tensorboard.add_image(name, picture, step)
             self._tensorboard.flush()
         except OSError as error:
             raise UserError(f"cannot write to {self.folder}: {error.strerror}; the saved state is untouched") from error

@@ -1,0 +1,154 @@
+"""TinyDiT: a diffusion transformer (Peebles and Xie, arXiv 2212.09748) on pixels, conditioned on time and class."""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+TIMESTEP_FREQUENCIES = 256
+MLP_RATIO = 4
+
+
+def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """[B, C, H, W] -> [B, N, C * patch_size**2]: the N patches row by row, each flattened as (C, y, x)."""
+    batch, channels, height, width = images.shape
+    rows, columns = height // patch_size, width // patch_size
+    patches = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
+    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_size**2)
+
+
+def unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """[B, N, C * patch_size**2] -> [B, C, H, W], square: the inverse of `patchify`."""
+    batch, count, size = patches.shape
+    side, channels = math.isqrt(count), size // patch_size**2
+    grid = patches.reshape(batch, side, side, channels, patch_size, patch_size)
+    return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, side * patch_size, side * patch_size)
+
+
+def sinusoids(positions: torch.Tensor, dim: int) -> torch.Tensor:
+    """[N] -> [N, dim]: cosines and sines at dim / 2 frequencies from 1 down to 1/10000 (Vaswani et al., arXiv
+    1706.03762, section 3.5)."""
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=positions.device) / (dim // 2))
+    angles = positions.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def position_embedding(side: int, dim: int) -> torch.Tensor:
+    """[side**2, dim], fixed: half of it says in which row a patch lies, half in which column."""
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return torch.cat([sinusoids(rows.flatten(), dim // 2), sinusoids(columns.flatten(), dim // 2)], dim=1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Times in [0, 1], [B] -> [B, dim]."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIMESTEP_FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, times: torch.Tensor) -> torch.Tensor:
+        # The frequencies were made for a thousand steps.
+        return self.mlp(sinusoids(1000 * times, TIMESTEP_FREQUENCIES))
+
+
+def modulate(tokens: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """[B, N, dim] scaled and shifted by [B, dim]."""
+    return tokens * (1 + scale[:, None]) + shift[:, None]
+
+
+class Block(nn.Module):
+    """A transformer block with adaLN-Zero: the condition sets the norms' scale and shift, and a gate on each
+    branch that is zero at first, so that the block begins as the identity."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.projection = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, MLP_RATIO * dim), nn.GELU(approximate="tanh"), nn.Linear(MLP_RATIO * dim, dim)
+        )
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+
+    def forward(self, tokens: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=1)
+        tokens = tokens + gate1[:, None] * self.attention(modulate(self.norm1(tokens), shift1, scale1))
+        return tokens + gate2[:, None] * self.mlp(modulate(self.norm2(tokens), shift2, scale2))
+
+    def attention(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Multi-head self-attention, [B, N, dim] -> [B, N, dim]."""
+        batch, count, dim = tokens.shape
+        query, key, value = self.qkv(tokens).reshape(batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(query, key, value)
+        return self.projection(mixed.transpose(1, 2).reshape(batch, count, dim))
+
+
+class FinalLayer(nn.Module):
+    """Tokens [B, N, dim] -> patches [B, N, patch_dim]."""
+
+    def __init__(self, dim: int, patch_dim: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(dim, patch_dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+
+    def forward(self, tokens: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+        return self.linear(modulate(self.norm(tokens), shift, scale))
+
+
+class TinyDiT(nn.Module):
+    """Images [B, 3, S, S], times in [0, 1] [B], classes int64 [B] -> [B, 3, S, S].
+
+    The class `num_classes` is the null class, which stands for no class at all: guidance needs it.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        image_size: int = 128,
+        patch_size: int = 16,
+        dim: int = 384,
+        depth: int = 12,
+        heads: int = 6,
+    ):
+        super().__init__()
+        self.num_classes, self.image_size, self.patch_size = num_classes, image_size, patch_size
+        patch_dim = 3 * patch_size**2
+        self.x_embedder = nn.Linear(patch_dim, dim)
+        self.register_buffer("position", position_embedding(image_size // patch_size, dim), persistent=False)
+        self.t_embedder = TimestepEmbedder(dim)
+        self.y_embedder = nn.Embedding(num_classes + 1, dim)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.final_layer = FinalLayer(dim, patch_dim)
+        self.initialize_weights()
+
+    @property
+    def null_class(self) -> int:
+        """The class that means none."""
+        return self.num_classes
+
+    def initialize_weights(self) -> None:
+        """The paper's scheme: Xavier for linear layers, small normals for the embeddings, and zero for what
+        would make a block differ from the identity, or the output from zero, before anything is learned."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.y_embedder.weight, std=0.02)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for block in self.blocks:
+            nn.init.zeros_(block.adaLN_modulation[-1].weight)
+        nn.init.zeros_(self.final_layer.adaLN_modulation[-1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def forward(self, images: torch.Tensor, times: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        tokens = self.x_embedder(patchify(images, self.patch_size)) + self.position
+        condition = self.t_embedder(times) + self.y_embedder(classes)
+        for block in self.blocks:
+            tokens = block(tokens, condition)
+        return unpatchify(self.final_layer(tokens, condition), self.patch_size)

@@ -1,0 +1,23 @@
+"""The exponential moving average of a model's weights, which draws better than the weights themselves."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.optim.swa_utils import AveragedModel
+
+
+def moving_average(model: torch.nn.Module, beta: float) -> AveragedModel:
+    """An average that `update_parameters(model)` moves towards the weights by 1 - decay.
+
+    The decay after n updates is min(beta, (1 + n) / (10 + n)): a short run is not for ever an average with the
+    noise that it began from.
+    """
+
+    def move(averages: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], updates: torch.Tensor) -> None:
+        count = int(updates)
+        decay = min(beta, (1 + count) / (10 + count))
+        torch._foreach_lerp_(list(averages), list(weights), 1 - decay)
+
+    average = AveragedModel(model, multi_avg_fn=move)
+    average.n_averaged = average.n_averaged.cpu()  # read at each step, for which a GPU would have to be waited for
+    return average.requires_grad_(False)

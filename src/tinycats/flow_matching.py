@@ -1,0 +1,106 @@
+"""Flow matching (Lipman et al., arXiv 2210.02747) on straight paths from noise to images.
+
+Time runs from 0, where everything is noise, to 1, where everything is image: x_t = (1 - t) noise + t image,
+along which the velocity is image - noise. The model predicts the image, and its loss is that of the velocity
+which the prediction implies ("Back to Basics", Li and He, arXiv 2511.13720): where a patch has more
+dimensions than the model has width to spare, noise cannot be passed through it, and an image can.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import torch
+
+Model = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+# The implied velocity divides by 1 - t; near 1 that is bounded.
+MIN_TIME_LEFT = 0.05
+
+
+def point_on_path(noise: torch.Tensor, images: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    """x_t, [B, ...], of the straight path from noise to image at times [B]."""
+    times = times.view(-1, *[1] * (images.ndim - 1))
+    return (1 - times) * noise + times * images
+
+
+def path_velocity(noise: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """dx_t / dt, [B, ...]: the same at every time."""
+    return images - noise
+
+
+def implied_velocity(points: torch.Tensor, predicted: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+    """The velocity, [B, ...], with which a point at its time reaches the predicted image at time 1."""
+    left = (1 - times).clamp_min(MIN_TIME_LEFT).view(-1, *[1] * (points.ndim - 1))
+    return (predicted - points) / left
+
+
+def sample_times(count: int, generator: torch.Generator) -> torch.Tensor:
+    """float32 [count] in (0, 1), logit-normal (Esser et al., arXiv 2403.03206, section 3.1): most where it is
+    hardest to tell noise from image."""
+    return torch.sigmoid(torch.randn(count, generator=generator) - 0.4)
+
+
+def drop_classes(
+    classes: torch.Tensor, null_class: int, probability: float, generator: torch.Generator
+) -> torch.Tensor:
+    """int64 [B] with each class replaced by the null class with that probability (Ho and Salimans, arXiv
+    2207.12598)."""
+    dropped = torch.rand(len(classes), generator=generator) < probability
+    return torch.where(dropped, null_class, classes)
+
+
+def flow_matching_loss(
+    model: Model, noise: torch.Tensor, images: torch.Tensor, times: torch.Tensor, classes: torch.Tensor
+) -> torch.Tensor:
+    """Mean squared error of the velocity that the model's prediction implies; a scalar.
+
+    Raises:
+        ValueError: noise and images are the same: the path has no length, and nothing would be learned.
+    """
+    if noise is images:
+        raise ValueError("the path leads from the images to themselves")
+    points = point_on_path(noise, images, times)
+    predicted = model(points, times, classes)
+    error = implied_velocity(points, predicted.float(), times) - implied_velocity(points, images, times)
+    return error.square().mean()
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    noise: torch.Tensor,
+    classes: torch.Tensor,
+    null_class: int,
+    *,
+    steps: int = 50,
+    guidance_scale: float = 1.0,
+) -> torch.Tensor:
+    """Images, [B, ...], from noise of that shape, by Heun's method (second order; the last step is Euler's).
+
+    Args:
+        classes: int64 [B].
+        guidance_scale: 0 draws without the class, 1 with it, more exaggerates it (classifier-free guidance).
+    """
+    times = torch.linspace(0, 1, steps + 1, device=noise.device)
+
+    def velocity(points: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        count = len(points)
+        if guidance_scale == 1:
+            now = time.expand(count)
+            return implied_velocity(points, model(points, now, classes).float(), now)
+        # Both branches in one batch.
+        now = time.expand(2 * count)
+        both = torch.cat([classes, torch.full_like(classes, null_class)])
+        doubled = torch.cat([points, points])
+        with_class, without = implied_velocity(doubled, model(doubled, now, both).float(), now).chunk(2)
+        return without + guidance_scale * (with_class - without)
+
+    points = noise
+    for time, next_time in itertools.pairwise(times):
+        step = next_time - time
+        slope = velocity(points, time)
+        ahead = points + step * slope
+        if next_time < 1:
+            slope = (slope + velocity(ahead, next_time)) / 2
+        points = points + step * slope
+    return points

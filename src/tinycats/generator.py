@@ -1,0 +1,137 @@
+"""The cat generator: TinyDiT's pictures, its grids of samples, its file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torchvision.transforms import v2
+from torchvision.utils import make_grid
+
+from tinycats import checkpoints
+from tinycats.batches import DRAWING, seed_for
+from tinycats.dit import TinyDiT
+from tinycats.errors import UserError
+from tinycats.flow_matching import sample
+
+COLUMNS = 8  # of a grid of samples
+
+
+def training_transform(image_size: int) -> v2.Transform:
+    """uint8 [3, H, W] -> uint8 [3, image_size, image_size]: the middle of the picture, mirrored or not."""
+    return v2.Compose([validation_transform(image_size), v2.RandomHorizontalFlip()])
+
+
+def validation_transform(image_size: int) -> v2.Transform:
+    """uint8 [3, H, W] -> uint8 [3, image_size, image_size]: the middle of the picture."""
+    return v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size)])
+
+
+def to_unit(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [B, 3, S, S] -> float32 in [-1, 1]."""
+    return images.contiguous().float() / 127.5 - 1
+
+
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """float [B, 3, S, S] in [-1, 1] (what is outside is cut off) -> uint8."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def starting_noise(count: int, image_size: int, seed: int) -> torch.Tensor:
+    """float32 [count, 3, S, S]: the n-th picture's noise depends on the seed and n alone, so that the same
+    pictures are drawn in batches of any size."""
+    return torch.stack(
+        [
+            torch.randn(3, image_size, image_size, generator=torch.Generator().manual_seed(seed_for(seed, DRAWING, n)))
+            for n in range(count)
+        ]
+    )
+
+
+def sample_grid(model: torch.nn.Module, num_classes: int, image_size: int, guidance_scale: float) -> torch.Tensor:
+    """uint8 [3, H, W]: a row a class, a column a noise, and always the same noise.
+
+    Args:
+        model: TinyDiT or its moving average, on any device.
+    """
+    device = next(model.parameters()).device
+    noise = starting_noise(COLUMNS, image_size, seed=0).to(device)
+    rows = []
+    for label in range(num_classes):
+        classes = torch.full((COLUMNS,), label, device=device)
+        rows.append(to_bytes(sample(model, noise, classes, num_classes, guidance_scale=guidance_scale)).cpu())
+    return make_grid(torch.cat(rows), nrow=COLUMNS, padding=2, pad_value=255)
+
+
+@dataclass(frozen=True)
+class Generator:
+    """A finished generator, from `load`."""
+
+    model: TinyDiT
+    classes: tuple[str, ...]
+    guidance_scale: float
+    metrics: dict[str, Any]
+
+    def draw(self, names: Sequence[str], *, seed: int = 0, batch_size: int = 16, steps: int = 50) -> torch.Tensor:
+        """uint8 [len(names), 3, S, S]: a picture of each named class.
+
+        Raises:
+            UserError: there is no such class.
+        """
+        if unknown := sorted(set(names) - set(self.classes)):
+            raise UserError(f"there is no class {unknown[0]!r}; there are {', '.join(self.classes)}")
+        noise = starting_noise(len(names), self.model.image_size, seed)
+        labels = torch.tensor([self.classes.index(name) for name in names])
+        drawn = [
+            sample(self.model, part, some, self.model.null_class, steps=steps, guidance_scale=self.guidance_scale)
+            for part, some in zip(noise.split(batch_size), labels.split(batch_size), strict=True)
+        ]
+        return to_bytes(torch.cat(drawn)) if drawn else torch.empty(0, dtype=torch.uint8)
+
+
+def export(
+    path: Path,
+    state_dict: dict[str, torch.Tensor],
+    shape: dict[str, int],
+    classes: Sequence[str],
+    guidance_scale: float,
+    metrics: dict[str, Any],
+) -> None:
+    """Write a finished generator: the moving average's weights, and all that drawing takes. `torch.load` reads it.
+
+    Args:
+        shape: the arguments of TinyDiT but the number of classes.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    contents = {
+        "model": "tiny_dit",
+        "shape": shape,
+        "classes": list(classes),
+        "guidance_scale": guidance_scale,
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+        "metrics": metrics,
+        "state_dict": state_dict,
+    }
+    try:
+        checkpoints.save(path, contents)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; the run's state has the weights") from error
+
+
+def load(path: Path | str) -> Generator:
+    """Read a finished generator (`tiny_dit.pt`), ready to draw on the CPU.
+
+    Raises:
+        UserError: the file is missing, damaged, or another model's.
+    """
+    contents = checkpoints.load(Path(path))
+    if contents.get("model") != "tiny_dit":
+        raise UserError(f"{path} is not a finished generator")
+    model = TinyDiT(len(contents["classes"]), **contents["shape"])
+    model.load_state_dict(contents["state_dict"])
+    model.eval().requires_grad_(False)
+    return Generator(model, tuple(contents["classes"]), contents["guidance_scale"], contents["metrics"])

@@ -1,0 +1,322 @@
+"""Train TinyDiT, a diffusion transformer, to draw cats of a class that it is told.
+
+    modal run src/train_dit.py --steps 200000                       on a rented GPU
+    modal run --detach src/train_dit.py data/cats --gpu A100        the same, and the run outlives this terminal
+    python src/train_dit.py data/cats --steps 100 --batch-size 8    on this machine
+    python src/train_dit.py --steps 300 --dim 192 --depth 4         on this machine, drawn cats if there are no others
+    python src/train_dit.py --resume RUN                            go on with a run that was interrupted
+    python src/train_dit.py --help                                  every option
+
+A run is a function of its seed and its step: interrupted and resumed as often as you like, it ends where it
+would have ended. Its folder is outputs/runs/<run>/, with grids of samples in samples/, and the finished model
+outputs/tiny_dit.pt.
+"""
+
+import logging
+import math
+import sys
+import time
+
+import modal
+
+from tinycats import command_line, modal_runs, runs
+from tinycats.command_line import Options, number, whole_number
+from tinycats.data_dirs import is_toy
+from tinycats.errors import UserError
+from tinycats.machines import ThisMachine
+from tinycats.signals import StopSignals
+
+# torch is imported where it is used: `modal run` works without it, and `--help` does not wait for it.
+
+log = logging.getLogger("tinycats.train_dit")
+
+MODEL = "tiny_dit.pt"
+LOG_EVERY = 50  # steps
+CLASS_DROPOUT = 0.1  # how often the class is kept from the model, which guidance needs
+SHAPE = ("image_size", "patch_size", "dim", "depth", "heads")
+
+
+# --- options -----------------------------------------------------------------------------------------------------
+
+
+class GeneratorParser(command_line.Parser):
+    def __init__(self) -> None:
+        super().__init__("train_dit.py", "Train TinyDiT, a generator of cats.", gpu_default="A10G")
+        model = self.add_argument_group("the model")
+        model.add_argument(
+            "--image-size",
+            type=whole_number(8, 1024),
+            metavar="PIXELS",
+            help="side of the pictures (default: 128; for data/toy 64)",
+        )
+        model.add_argument(
+            "--patch-size",
+            type=whole_number(1, 64),
+            metavar="PIXELS",
+            help="side of a patch, which becomes a token (default: 16; for data/toy 8)",
+        )
+        model.add_argument("--dim", type=whole_number(16, 4096), default=384, help="width of a token")
+        model.add_argument("--depth", type=whole_number(1, 64), default=12, help="transformer blocks")
+        model.add_argument("--heads", type=whole_number(1, 64), default=6, help="attention heads in a block")
+        training = self.add_argument_group("training")
+        training.add_argument("--steps", type=whole_number(1), default=200_000, help="batches to train on")
+        training.add_argument("--batch-size", type=whole_number(1), default=256, help="pictures a step, over all GPUs")
+        training.add_argument("--lr", type=number(above=0), default=1e-4, help="AdamW's learning rate at its peak")
+        training.add_argument(
+            "--warmup-steps",
+            type=whole_number(0),
+            metavar="STEPS",
+            help="how long the learning rate rises (default: 10000, but at most a twentieth of --steps)",
+        )
+        training.add_argument("--weight-decay", type=number(at_least=0), default=0.0, help="but none on biases")
+        training.add_argument(
+            "--ema-beta", type=number(at_least=0, below=1), default=0.9999, help="of the weights' moving average"
+        )
+        training.add_argument(
+            "--gradient-clip", type=number(at_least=0), default=1.0, help="largest gradient norm; 0: any"
+        )
+        training.add_argument(
+            "--mixed-precision",
+            action=command_line.BooleanOptionalAction,
+            default=True,
+            help="bf16, or fp16 with loss scaling, on a GPU; a CPU computes in float32",
+        )
+        drawing = self.add_argument_group("drawing")
+        drawing.add_argument(
+            "--sample-every", type=whole_number(1), default=5000, metavar="STEPS", help="draw a grid this often"
+        )
+        drawing.add_argument(
+            "--cfg-scale", type=number(at_least=0), default=2.0, help="guidance; 1: none, more: more of its class"
+        )
+
+    def check(self, options: Options) -> None:
+        toy = is_toy(options.data_dir)
+        options.image_size = options.image_size or (64 if toy else 128)
+        options.patch_size = options.patch_size or (8 if toy else 16)
+        if options.warmup_steps is None:
+            options.warmup_steps = min(10_000, options.steps // 20)
+        if options.resume:
+            return  # the rest is the run's, and was checked when it began
+        if options.image_size % options.patch_size:
+            self.error(f"--image-size {options.image_size} is no multiple of --patch-size {options.patch_size}")
+        if options.dim % options.heads:
+            self.error(f"--dim {options.dim} is no multiple of --heads {options.heads}")
+        if options.dim % 4:
+            self.error(f"--dim {options.dim} is no multiple of 4, which its position embedding needs")
+        if options.warmup_steps > options.steps:
+            self.error(f"--warmup-steps {options.warmup_steps} is more than --steps {options.steps}")
+
+
+PARSER = GeneratorParser()
+OPTIONS = modal_runs.parsed_at_import(PARSER, __file__) or PARSER.parse([], on_modal=True)
+
+
+# --- Modal -------------------------------------------------------------------------------------------------------
+
+app = modal.App("tiny-cats-dit")
+
+
+@app.function(
+    image=modal_runs.IMAGE,
+    gpu=OPTIONS.gpu or "A10G",
+    cpu=modal_runs.CPU,
+    memory=modal_runs.MEMORY,
+    volumes=modal_runs.VOLUMES,
+    timeout=round(3600 * OPTIONS.timeout),
+    retries=modal_runs.RETRIES,
+    single_use_containers=True,
+)
+def train_on_modal(payload: dict) -> dict:
+    """One attempt at a run, in a container; every attempt gets the same payload."""
+    return modal_runs.run_in_container(PARSER, train, payload)
+
+
+# --- training ----------------------------------------------------------------------------------------------------
+
+
+def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
+    """Train, from the saved state if there is one, and export the weights' moving average.
+
+    Returns:
+        `run` (its name), `model` (the path of the finished model) and `metrics` (the last ones).
+
+    Raises:
+        UserError: the data, an option or a state is of no use, the disk is full, training diverged.
+        Stopped: a stop signal came; the state is saved.
+    """
+    folder, state = runs.starting_point(options, PARSER.prog)
+    if state:
+        options = command_line.resumed_options(options, state["options"])
+
+    import torch
+    from tqdm import tqdm
+
+    from tinycats import devices, generator
+    from tinycats.batches import (
+        INITIALISATION,
+        NOISE,
+        PATH,
+        VALIDATION,
+        TrainingBatches,
+        ValidationBatches,
+        load_batches,
+        seed_for,
+    )
+    from tinycats.dit import TinyDiT
+    from tinycats.ema import moving_average
+    from tinycats.flow_matching import drop_classes, flow_matching_loss, sample_times
+    from tinycats.optimization import adamw, all_finite, warmup_cosine
+
+    # Pictures: decoded once, and cut into the same batches whatever happens on the way.
+    images = machine.open_dataset(options.data_dir, options.image_size, options.output_dir)
+    if state and state["data"] != images.content:
+        raise UserError(f"{options.data_dir} does not hold the pictures that this run was trained on so far")
+    batches = TrainingBatches(
+        images, options.batch_size, generator.training_transform(options.image_size), options.seed
+    )
+    held_out = ValidationBatches(images, options.batch_size, generator.validation_transform(options.image_size))
+
+    # Model, moving average, optimizer, learning rate.
+    device = devices.choose(options.mixed_precision, expects_gpu=machine.expects_gpu)
+    torch.manual_seed(seed_for(options.seed, INITIALISATION))
+    shape = {name: getattr(options, name) for name in SHAPE}
+    model = TinyDiT(len(images.classes), **shape).to(device.device)
+    parallel_model = device.over_all_gpus(model)
+    average = moving_average(model, options.ema_beta)
+    optimizer = adamw(model, options.lr, options.weight_decay)
+    schedule = warmup_cosine(optimizer, options.warmup_steps, options.steps)
+
+    # All that changes while training. Whatever is random is drawn anew from (seed, step) and is not among it.
+    step, metrics = 0, []
+    if state:
+        step, metrics = state["step"], state["metrics"]
+        model.load_state_dict(state["model"])
+        average.load_state_dict(state["average"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        device.scaler.load_state_dict(state["scaler"])
+
+    def require_sound(loss: float) -> None:
+        if not math.isfinite(loss):
+            raise UserError(f"training diverged: the loss is {loss} at step {step}; a lower --lr may help")
+        if loss == 0:
+            raise UserError(f"the loss is exactly 0 at step {step}: nothing is being learned from this data")
+
+    def current_state() -> dict:
+        if not all_finite(model):
+            require_sound(math.inf)
+        return {
+            "script": PARSER.prog,
+            "options": command_line.saved_options(options),
+            "submission": options.submission,
+            "data": images.content,
+            "step": step,
+            "metrics": metrics,
+            "model": model.state_dict(),
+            "average": average.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "scaler": device.scaler.state_dict(),
+        }
+
+    workers = machine.num_workers(device.is_gpu) if options.num_workers is None else options.num_workers
+
+    @torch.no_grad()
+    def held_out_loss() -> float:
+        """The moving average's loss on the held-out pictures, with the same noise and times each time."""
+        total = torch.zeros((), device=device.device)
+        for index, (pictures, labels) in enumerate(
+            load_batches(held_out, range(len(held_out)), workers, pin_memory=device.is_gpu)
+        ):
+            dice = torch.Generator().manual_seed(seed_for(options.seed, VALIDATION, index))
+            targets = generator.to_unit(device.put(pictures))
+            noise = device.put(torch.randn(pictures.shape, generator=dice))
+            times = device.put(sample_times(len(pictures), dice))
+            with device.autocast:
+                total += len(pictures) * flow_matching_loss(average, noise, targets, times, device.put(labels))
+        return total.item() / len(held_out.indices)
+
+    with runs.open_run(folder, metrics, step, stop, machine, options.save_every) as run:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        log.info("%s run %s at step %d of %d", "Resuming" if state else "Starting", folder.name, step, options.steps)
+        log.info("%d pictures to train on, %d to validate with", len(batches.indices), len(held_out.indices))
+        log.info("%d classes: %s", len(images.classes), ", ".join(images.classes))
+        log.info("TinyDiT with %.1f million parameters, %d patches", parameters / 1e6, model.position.shape[0])
+        if not state:
+            run.save(current_state())  # from here on there is something to resume
+
+        loader = iter(load_batches(batches, range(step, options.steps), workers, pin_memory=device.is_gpu))
+        bar = tqdm(total=options.steps, initial=step, unit="step", disable=None)
+        began, first_step, waited = time.perf_counter(), step, 0.0
+        model.train()
+        while step < options.steps:
+            asked = time.perf_counter()
+            pictures, labels = next(loader)
+            waited += time.perf_counter() - asked
+
+            # The path of each picture: where it starts, how far along it we look, whether its class is told.
+            dice = torch.Generator().manual_seed(seed_for(options.seed, PATH, step))
+            times = device.put(sample_times(len(pictures), dice))
+            classes = device.put(drop_classes(labels, model.null_class, CLASS_DROPOUT, dice))
+            targets = generator.to_unit(device.put(pictures))
+            noise_dice = torch.Generator(device.device).manual_seed(seed_for(options.seed, NOISE, step))
+            noise = torch.randn(targets.shape, generator=noise_dice, device=device.device)
+
+            with device.autocast:
+                loss = flow_matching_loss(parallel_model, noise, targets, times, classes)
+            optimizer.zero_grad(set_to_none=True)
+            device.scaler.scale(loss).backward()
+            if options.gradient_clip:
+                device.scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
+            device.scaler.step(optimizer)
+            device.scaler.update()
+            schedule.step()
+            average.update_parameters(model)
+            step += 1
+
+            bar.update()
+            if step % LOG_EVERY == 0 or step == options.steps:
+                value = loss.item()  # waits for the GPU, hence not at every step
+                require_sound(value)
+                seconds = time.perf_counter() - began
+                run.record({"step": step, "loss": value, "lr": schedule.get_last_lr()[0]})
+                bar.set_postfix(loss=f"{value:.3f}")
+                log.info(
+                    f"Step {step}/{options.steps}. Loss: {value:.4f} | {(step - first_step) / seconds:.2f} steps/s, "
+                    f"{waited / seconds:.0%} of the time waiting for pictures"
+                )
+                began, first_step, waited = time.perf_counter(), step, 0.0
+            if step % options.sample_every == 0 or step == options.steps:
+                value = held_out_loss()
+                require_sound(value)
+                run.record({"step": step, "val_loss": value})
+                with device.autocast:
+                    grid = generator.sample_grid(average, len(images.classes), options.image_size, options.cfg_scale)
+                run.picture("samples", grid, step)
+                log.info(f"Step {step}/{options.steps}. Held-out loss: {value:.4f}; samples/step_{step:07}.png")
+                began, first_step, waited = time.perf_counter(), step, 0.0
+            if run.save_due or step == options.steps:
+                run.save(current_state())
+        bar.close()
+
+        finished = options.output_dir / MODEL
+        last = metrics[-1]
+        for path in (folder / MODEL, finished):
+            generator.export(path, average.module.state_dict(), shape, images.classes, options.cfg_scale, last)
+        machine.persist()
+        log.info(f"Done. Held-out loss {last['val_loss']:.4f}. Model: {machine.how_to_fetch(finished)}")
+    return {"run": folder.name, "model": str(finished), "metrics": last}
+
+
+# --- the two ways in ---------------------------------------------------------------------------------------------
+
+
+@app.local_entrypoint()
+def main(*arguments: str) -> None:
+    """`modal run src/train_dit.py …`: check, submit, follow."""
+    modal_runs.submit(train_on_modal, PARSER, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line.run_on_this_machine(PARSER, train))

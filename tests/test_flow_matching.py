@@ -1,0 +1,123 @@
+"""Flow matching: the path, the loss, the guidance; and that what is learned lands on the data."""
+
+import pytest
+import torch
+from torch import nn
+
+from tinycats.flow_matching import (
+    drop_classes,
+    flow_matching_loss,
+    implied_velocity,
+    path_velocity,
+    point_on_path,
+    sample,
+    sample_times,
+)
+
+
+def test_the_velocity_is_the_derivative_of_the_path():
+    noise, images, times = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0.0, 0.3, 0.6, 0.9])
+    _, derivative = torch.func.jvp(lambda now: point_on_path(noise, images, now), (times,), (torch.ones_like(times),))
+    assert torch.allclose(derivative, path_velocity(noise, images), atol=1e-5)
+
+
+def test_the_path_leads_from_noise_to_image():
+    noise, images = torch.randn(2, 3), torch.randn(2, 3)
+    assert torch.equal(point_on_path(noise, images, torch.zeros(2)), noise)
+    assert torch.equal(point_on_path(noise, images, torch.ones(2)), images)
+
+
+def test_the_right_image_implies_the_paths_velocity():
+    noise, images, times = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([0.0, 0.4, 0.9])
+    points = point_on_path(noise, images, times)
+    assert torch.allclose(implied_velocity(points, images, times), path_velocity(noise, images), atol=1e-4)
+
+
+def test_the_loss_is_the_mean_square_of_the_velocitys_error():
+    noise, images, times = torch.randn(6, 5), torch.randn(6, 5), 0.9 * torch.rand(6)
+    classes = torch.zeros(6, dtype=torch.int64)
+    points = point_on_path(noise, images, times)
+    loss = flow_matching_loss(lambda x, t, y: torch.zeros_like(x), noise, images, times, classes)
+    expected = (implied_velocity(points, torch.zeros(6, 5), times) - path_velocity(noise, images)).square().mean()
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
+    assert flow_matching_loss(lambda x, t, y: images, noise, images, times, classes) < 1e-8
+
+
+def test_the_loss_of_images_against_themselves_cannot_happen():
+    """Past failure 9: the generator was trained on (image, image) pairs; its loss read 0.0000 for 200,000 steps."""
+    images = torch.randn(2, 3)
+    with pytest.raises(ValueError, match="to themselves"):
+        flow_matching_loss(lambda x, t, y: x, images, images, torch.rand(2), torch.zeros(2, dtype=torch.int64))
+
+
+def test_times_lie_within_the_path_and_come_from_the_generator():
+    times = sample_times(10_000, torch.Generator().manual_seed(0))
+    assert times.min() > 0 and times.max() < 1
+    assert torch.equal(times, sample_times(10_000, torch.Generator().manual_seed(0)))
+
+
+def test_a_tenth_of_the_classes_is_dropped():
+    classes = torch.zeros(10_000, dtype=torch.int64)
+    dropped = drop_classes(classes, 7, 0.1, torch.Generator().manual_seed(0))
+    assert (dropped == 7).float().mean() == pytest.approx(0.1, abs=0.01)
+    assert set(dropped.tolist()) == {0, 7}
+
+
+class ByClass(nn.Module):
+    """Predicts an image that depends on the class alone."""
+
+    def forward(self, points: torch.Tensor, times: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        return classes.float().view(-1, 1).expand_as(points)
+
+
+def test_guidance_of_one_is_none_zero_is_the_null_class_and_more_exaggerates():
+    noise, classes = torch.randn(5, 2), torch.full((5,), 2)
+    drawn = {scale: sample(ByClass(), noise, classes, 10, steps=20, guidance_scale=scale) for scale in (0, 1, 1.5)}
+    assert torch.allclose(drawn[1], torch.full((5, 2), 2.0), atol=1e-4)
+    assert torch.allclose(drawn[0], sample(ByClass(), noise, torch.full((5,), 10), 10, steps=20), atol=1e-4)
+    assert torch.allclose(drawn[1.5], torch.full((5, 2), 10 + 1.5 * (2 - 10)), atol=1e-3)
+
+
+class Perceptron(nn.Module):
+    """A small network for points in the plane."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.embedding = nn.Embedding(classes + 1, 16)
+        self.net = nn.Sequential(
+            nn.Linear(2 + 1 + 16, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2)
+        )
+
+    def forward(self, points: torch.Tensor, times: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        return self.net(torch.cat([points, times[:, None], self.embedding(classes)], dim=1))
+
+
+@pytest.mark.slow
+def test_on_two_gaussians_what_is_learned_lands_on_the_data_and_the_null_class_on_both():
+    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.tensor([[2.0, 1.0], [-2.0, -1.0]])
+    model = Perceptron(2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2500)
+    for _ in range(2500):
+        classes = torch.randint(0, 2, (256,), generator=generator)
+        data = centres[classes] + 0.2 * torch.randn(256, 2, generator=generator)
+        noise, times = torch.randn(256, 2, generator=generator), sample_times(256, generator)
+        loss = flow_matching_loss(model, noise, data, times, drop_classes(classes, 2, 0.1, generator))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+    noise = torch.randn(2000, 2, generator=generator)
+    for name in (0, 1):
+        drawn = sample(model, noise, torch.full((2000,), name), 2)
+        assert torch.allclose(drawn.mean(0), centres[name], atol=0.1)
+        away = (drawn - centres[name]).norm(dim=1)
+        assert (away < 0.6).float().mean() > 0.97, "within three deviations of the data"
+        assert (drawn.std(0) > 0.05).all(), "and not all on one point"
+    without = sample(model, noise, torch.full((2000,), 0), 2, guidance_scale=0)
+    nearest = torch.cdist(without, centres)
+    assert (nearest.min(1).values < 1).float().mean() > 0.9
+    assert 0.35 < (nearest.argmin(1) == 0).float().mean() < 0.65

@@ -1,0 +1,62 @@
+"""The generator's pictures and its file."""
+
+import pytest
+import torch
+
+from tinycats import checkpoints, generator
+from tinycats.dit import TinyDiT
+from tinycats.errors import UserError
+
+SHAPE = {"image_size": 16, "patch_size": 4, "dim": 32, "depth": 2, "heads": 2}
+
+
+@pytest.fixture
+def exported(tmp_path):
+    torch.manual_seed(0)
+    model = TinyDiT(2, **SHAPE)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    generator.export(tmp_path / "tiny_dit.pt", model.state_dict(), SHAPE, ["black", "tabby"], 2.0, {"val_loss": 0.5})
+    return tmp_path / "tiny_dit.pt"
+
+
+def test_bytes_become_numbers_from_minus_one_to_one_and_come_back():
+    images = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16)
+    assert generator.to_unit(images).min() == -1
+    assert generator.to_unit(images).max() == 1
+    assert torch.equal(generator.to_bytes(generator.to_unit(images)), images)
+
+
+def test_the_same_seed_draws_the_same_pictures_in_batches_of_any_size(exported):
+    loaded = generator.load(exported)
+    names = ["black", "tabby", "tabby", "black", "black"]
+    together = loaded.draw(names, seed=3, batch_size=5, steps=5)
+    assert together.shape == (5, 3, 16, 16)
+    alone = loaded.draw(names, seed=3, batch_size=1, steps=5)
+    assert (together.int() - alone.int()).abs().max() <= 1
+    assert not torch.equal(together, loaded.draw(names, seed=4, steps=5))
+    assert torch.equal(generator.starting_noise(2, 8, 1), generator.starting_noise(5, 8, 1)[:2])
+
+
+def test_a_class_that_it_does_not_know_is_named(exported):
+    with pytest.raises(UserError, match="no class 'lion'; there are black, tabby"):
+        generator.load(exported).draw(["lion"])
+
+
+def test_another_models_file_is_refused(tmp_path):
+    checkpoints.save(tmp_path / "cats_model.pt", {"model": "classifier"})
+    with pytest.raises(UserError, match="not a finished generator"):
+        generator.load(tmp_path / "cats_model.pt")
+
+
+def test_torch_reads_the_file_with_weights_only(exported):
+    assert torch.load(exported, weights_only=True)["shape"] == SHAPE
+
+
+def test_a_grid_has_a_row_a_class_and_is_always_the_same(exported):
+    model = generator.load(exported).model
+    grid = generator.sample_grid(model, 2, 16, guidance_scale=1.5)
+    assert grid.shape == (3, 2 * 18 + 2, generator.COLUMNS * 18 + 2)
+    assert grid.dtype == torch.uint8
+    assert torch.equal(grid, generator.sample_grid(model, 2, 16, guidance_scale=1.5))

@@ -1,0 +1,167 @@
+"""TinyDiT end to end: it learns, it can be stopped anywhere, and it refuses what it cannot use."""
+
+import json
+import random
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train_dit
+from conftest import script_process
+from tinycats import checkpoints, generator
+from tinycats.datasets import open_dataset
+from tinycats.dit import TinyDiT
+from tinycats.errors import UserError
+from tinycats.flow_matching import flow_matching_loss, sample, sample_times
+from tinycats.machines import ThisMachine
+from tinycats.runs import log_to_stdout
+from tinycats.signals import StopSignals
+
+STEPS = 30
+SMALL = ("--image-size", "32", "--patch-size", "8", "--dim", "64", "--depth", "2", "--heads", "2")
+SMALL += ("--batch-size", "8", "--lr", "1e-3", "--sample-every", "20", "--steps", str(STEPS))
+
+
+def train_here(*arguments: object, stop: StopSignals | None = None) -> dict:
+    """What `python src/train_dit.py …` does, in this process."""
+    options = train_dit.PARSER.parse([str(argument) for argument in arguments])
+    log_to_stdout()
+    return train_dit.train(options, stop or StopSignals(), ThisMachine("train_dit.py"))
+
+
+def results(run: Path) -> tuple[dict, dict, bytes]:
+    """The state's and the finished model's contents, the metrics and the last grid of samples."""
+    state = checkpoints.load(run / "state.pt")
+    kept = {name: state[name] for name in ("model", "average", "optimizer", "schedule", "scaler", "step")}
+    weights = checkpoints.load(run / "tiny_dit.pt")["state_dict"]
+    grid = (run / "samples" / f"step_{STEPS:07}.png").read_bytes()
+    return kept, weights, (run / "metrics.jsonl").read_bytes() + grid
+
+
+def same(one: object, other: object) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(same(*pair) for pair in zip(one, other, strict=True))
+    return one == other
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_toy, tmp_path_factory) -> Path:
+    """The folder of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = script_process("train_dit.py", small_toy, *SMALL, "--run", "r", cwd=folder)
+    _, errors = process.communicate(timeout=900)
+    assert process.returncode == 0, errors
+    assert errors == ""
+    return folder / "outputs" / "runs" / "r"
+
+
+def test_a_run_leaves_what_the_design_says(undisturbed):
+    names = {path.name for path in undisturbed.iterdir() if not path.name.startswith("events.out.tfevents")}
+    assert names == {"metrics.jsonl", "samples", "state.pt", "state.previous.pt", "tiny_dit.pt", "train.log"}
+    assert {path.name for path in (undisturbed / "samples").iterdir()} == {"step_0000020.png", "step_0000030.png"}
+    rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "val_loss" in row] == [20, 30]
+    drawn = generator.load(undisturbed.parents[1] / "tiny_dit.pt").draw(["tabby", "other"], steps=2)
+    assert drawn.shape == (2, 3, 32, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_killed_at_random_moments_and_resumed_it_ends_bit_identical(workers, undisturbed, small_toy, tmp_path):
+    """Every state that it keeps: weights, moving average, optimizer, schedule, scaler, step, metrics, samples."""
+    dice = random.Random(workers)
+    run = tmp_path / "outputs" / "runs" / "r"
+    arguments = (*SMALL, "--num-workers", workers, "--save-every", 0.005)
+    for kill in [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, None]:
+        beginning = ("--resume", "r") if checkpoints.has_state(run) else ("--run", "r")
+        process = script_process("train_dit.py", small_toy, *arguments, *beginning, cwd=tmp_path)
+        if kill:
+            for line in process.stdout:
+                if "million parameters" in line:
+                    break
+            time.sleep(dice.uniform(0, 0.8))
+            process.send_signal(kill)
+        _, errors = process.communicate(timeout=900)
+        assert kill or process.returncode == 0, errors
+    assert same(results(run), results(undisturbed))
+
+
+def test_sixteen_pictures_are_memorised_and_drawn_again_from_their_own_noise(small_toy, tmp_path):
+    images = open_dataset(small_toy, 16, tmp_path)
+    chosen = [images.indices("train")[index] for index in range(0, 80, 5)]
+    transform = generator.validation_transform(16)
+    pictures = torch.stack([transform(torch.from_numpy(images[index]).permute(2, 0, 1)) for index in chosen])
+    targets, labels = generator.to_unit(pictures), torch.arange(16)  # a class of its own for each
+    torch.manual_seed(0)
+    model = TinyDiT(16, image_size=16, patch_size=4, dim=96, depth=3, heads=3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+    dice = torch.Generator().manual_seed(0)
+    noise = torch.randn(targets.shape, generator=dice)
+    for _ in range(400):
+        loss = flow_matching_loss(model, noise, targets, sample_times(16, dice), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    drawn = sample(model.eval(), noise, labels, model.null_class, steps=20)
+    error = (drawn - targets).square().mean().sqrt()
+    assert error < 0.1, f"off by {error:.3f} of a range of 2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steps", "0"], "--steps: 0 is out of range"),
+        (["--image-size", "100"], "--image-size 100 is no multiple of --patch-size"),
+        (["--dim", "100", "--heads", "3"], "--dim 100 is no multiple of --heads 3"),
+        (["--ema-beta", "1"], "--ema-beta: 1 is out of range"),
+        (["--warmup-steps", "300", "--steps", "200"], "--warmup-steps 300 is more than --steps 200"),
+        (["--backbone", "resnet18"], "unrecognized arguments: --backbone"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit:
+        train_dit.PARSER.parse(arguments)
+    assert exit.value.code == 2
+    errors = capsys.readouterr().err
+    assert message in errors
+    assert errors.count("\n") == 1
+
+
+def test_a_short_run_warms_up_for_a_short_while(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert train_dit.PARSER.parse(["--steps", "100"]).warmup_steps == 5
+    assert train_dit.PARSER.parse([]).warmup_steps == 10_000
+
+
+def test_a_loss_that_diverges_or_is_zero_stops_the_run_with_the_reason(small_toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="training diverged"):
+        train_here(small_toy, *SMALL, "--lr", "1e30", "--gradient-clip", "0", "--warmup-steps", "0")
+    monkeypatch.setattr("tinycats.flow_matching.implied_velocity", lambda points, predicted, times: 0 * predicted)
+    with pytest.raises(UserError, match="exactly 0 at step 20: nothing is being learned"):
+        train_here(small_toy, *SMALL)
+
+
+def test_a_state_of_another_shape_is_refused(undisturbed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(undisturbed.parents[1], tmp_path / "outputs")
+    with pytest.raises(UserError, match=r"--depth 3 \(the run has 2\), --dim 128 \(the run has 64\)"):
+        train_here("--resume", "r", "--depth", 3, "--dim", 128)
+
+
+def test_the_log_says_how_it_goes(undisturbed):
+    log = (undisturbed / "train.log").read_text()
+    assert re.search(r"Step 30/30\. Loss: \d\.\d{4} \|", log)
+    assert re.search(r"Step 20/30\. Held-out loss: \d\.\d{4}; samples/step_0000020\.png", log)
