@@ -53,29 +53,16 @@ class ClassifierParser(command_line.Parser):
             help="side of the square that the model sees (default: 224; for data/toy 64)",
         )
         training = self.add_argument_group("training")
+        self.add_optimization_options(training, batch_size=32, weight_decay=0.05)
         training.add_argument("--epochs", type=whole_number(1), default=10, help="times through the pictures")
-        training.add_argument("--batch-size", type=whole_number(1), default=32, help="pictures a step, over all GPUs")
-        training.add_argument("--lr", type=number(above=0), default=1e-4, help="AdamW's learning rate at its peak")
         training.add_argument(
             "--warmup-epochs", type=number(at_least=0), default=0.5, help="how long the learning rate rises"
-        )
-        training.add_argument(
-            "--weight-decay", type=number(at_least=0), default=0.05, help="but none on norms and biases"
         )
         training.add_argument(
             "--label-smoothing",
             type=number(at_least=0, below=1),
             default=0.1,
             help="probability left to the other classes",
-        )
-        training.add_argument(
-            "--gradient-clip", type=number(at_least=0), default=1.0, help="largest gradient norm; 0: any"
-        )
-        training.add_argument(
-            "--mixed-precision",
-            action=command_line.BooleanOptionalAction,
-            default=True,
-            help="bf16, or fp16 with loss scaling, on a GPU; a CPU computes in float32",
         )
 
     def check(self, options: Options) -> None:

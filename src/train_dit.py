@@ -59,27 +59,16 @@ class GeneratorParser(command_line.Parser):
         model.add_argument("--depth", type=whole_number(1, 64), default=12, help="transformer blocks")
         model.add_argument("--heads", type=whole_number(1, 64), default=6, help="attention heads in a block")
         training = self.add_argument_group("training")
+        self.add_optimization_options(training, batch_size=256, weight_decay=0.0)
         training.add_argument("--steps", type=whole_number(1), default=200_000, help="batches to train on")
-        training.add_argument("--batch-size", type=whole_number(1), default=256, help="pictures a step, over all GPUs")
-        training.add_argument("--lr", type=number(above=0), default=1e-4, help="AdamW's learning rate at its peak")
         training.add_argument(
             "--warmup-steps",
             type=whole_number(0),
             metavar="STEPS",
             help="how long the learning rate rises (default: 10000, but at most a twentieth of --steps)",
         )
-        training.add_argument("--weight-decay", type=number(at_least=0), default=0.0, help="but none on biases")
         training.add_argument(
             "--ema-beta", type=number(at_least=0, below=1), default=0.9999, help="of the weights' moving average"
-        )
-        training.add_argument(
-            "--gradient-clip", type=number(at_least=0), default=1.0, help="largest gradient norm; 0: any"
-        )
-        training.add_argument(
-            "--mixed-precision",
-            action=command_line.BooleanOptionalAction,
-            default=True,
-            help="bf16, or fp16 with loss scaling, on a GPU; a CPU computes in float32",
         )
         drawing = self.add_argument_group("drawing")
         drawing.add_argument(

@@ -43,6 +43,18 @@ def save(path: Path, contents: dict[str, Any]) -> None:
         file.write(_FOOTER + hashlib.sha256(buffer.getbuffer()).hexdigest().encode() + b"\n")
 
 
+def save_model(path: Path, contents: dict[str, Any]) -> None:
+    """Write a finished model.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        save(path, contents)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; the run's state has the weights") from error
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read what `save` wrote, onto the CPU; runs no code that the file may hold.
 

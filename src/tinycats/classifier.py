@@ -153,10 +153,7 @@ def export(
         "metrics": metrics,
         "state_dict": state_dict,
     }
-    try:
-        checkpoints.save(path, contents)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; the run's state has the weights") from error
+    checkpoints.save_model(path, contents)
 
 
 def load(path: Path | str) -> Classifier:

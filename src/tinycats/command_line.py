@@ -89,7 +89,7 @@ def gpu(text: str) -> str:
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
@@ -136,6 +136,25 @@ class Parser(argparse.ArgumentParser):
             default=MAX_TIMEOUT,
             metavar="HOURS",
             help="of one attempt; the next one goes on from its state",
+        )
+
+    def add_optimization_options(self, group: argparse._ArgumentGroup, *, batch_size: int, weight_decay: float) -> None:
+        """The options of `optimization` and `devices`, with the defaults that differ between the scripts."""
+        group.add_argument(
+            "--batch-size", type=whole_number(1), default=batch_size, help="pictures a step, over all GPUs"
+        )
+        group.add_argument("--lr", type=number(above=0), default=1e-4, help="AdamW's learning rate at its peak")
+        group.add_argument(
+            "--weight-decay", type=number(at_least=0), default=weight_decay, help="but none on norms and biases"
+        )
+        group.add_argument(
+            "--gradient-clip", type=number(at_least=0), default=1.0, help="largest gradient norm; 0: any"
+        )
+        group.add_argument(
+            "--mixed-precision",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="bf16, or fp16 with loss scaling, on a GPU; a CPU computes in float32",
         )
 
     def error(self, message: str) -> NoReturn:
