@@ -281,7 +281,7 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
                 position = len(app.logs)
                 item = api_pb2.TaskLogs(data=text, file_descriptor=api_pb2.FILE_DESCRIPTOR_STDOUT)
                 yield api_pb2.TaskLogsBatch(entry_id=str(position), items=[item])
-            elif app.disconnected and not running:
+            elif app.stopped or (app.disconnected and not running):
                 yield api_pb2.TaskLogsBatch(entry_id=str(position), app_done=True)
                 return
             elif time.monotonic() > deadline:
