@@ -15,7 +15,7 @@ from tinycats.dit import TinyDiT
 from tinycats.errors import UserError
 from tinycats.flow_matching import sample
 
-# A grid of samples: on a CPU each step of each picture is a second's worth of work for the full-size model.
+# A grid of samples: a row a class. Each picture takes two evaluations of the model a step, four with guidance.
 COLUMNS = 8
 GRID_STEPS = 20
 

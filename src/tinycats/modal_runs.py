@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
@@ -50,7 +51,7 @@ CPU = 8.0  # cores: what it takes to keep a GPU in pictures
 MEMORY = 16 * 1024  # MiB
 RETRIES = modal.Retries(max_retries=10, initial_delay=1.0, backoff_coefficient=2.0, max_delay=60.0)
 
-SCRATCH = Path("/tmp/tinycats")  # the container's own disk
+SCRATCH = Path(tempfile.gettempdir(), "tinycats")  # the container's own disk
 UPLOADED = ".uploaded"  # in an uploaded folder: the digest of what was uploaded, written last
 COMMIT_ATTEMPTS = 6
 PATIENCE = 600  # seconds that the laptop waits for a control plane that does not answer

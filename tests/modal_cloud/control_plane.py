@@ -454,15 +454,7 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
 
     async def FunctionPrecreate(self, request: api_pb2.FunctionPrecreateRequest) -> api_pb2.FunctionPrecreateResponse:
         function_id = request.existing_function_id or self.cloud.new_id("fu")
-        metadata = api_pb2.FunctionHandleMetadata(
-            function_name=request.function_name,
-            function_type=request.function_type,
-            definition_id=f"de-{function_id}",
-            function_schema=request.function_schema,
-            supported_input_formats=request.supported_input_formats,
-            supported_output_formats=request.supported_output_formats,
-            app_id=request.app_id,
-        )
+        metadata = _handle_metadata(request, function_id, request.app_id)
         return api_pb2.FunctionPrecreateResponse(function_id=function_id, handle_metadata=metadata)
 
     async def FunctionCreate(self, request: api_pb2.FunctionCreateRequest) -> api_pb2.FunctionCreateResponse:
@@ -474,15 +466,7 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
             definition = request.function
             data = api_pb2.FunctionData(module_name=definition.module_name, function_name=definition.function_name)
             data.ranked_functions.add(rank=0, function=definition)
-        metadata = api_pb2.FunctionHandleMetadata(
-            function_name=definition.function_name,
-            function_type=definition.function_type,
-            definition_id=f"de-{function_id}",
-            function_schema=definition.function_schema,
-            supported_input_formats=definition.supported_input_formats,
-            supported_output_formats=definition.supported_output_formats,
-            app_id=request.app_id,
-        )
+        metadata = _handle_metadata(definition, function_id, request.app_id)
         app = self.cloud.apps[request.app_id]
         self.cloud.functions[function_id] = Function(function_id, app, definition, data, metadata)
         return api_pb2.FunctionCreateResponse(
@@ -692,3 +676,18 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
             result=request.result, data_format=api_pb2.DATA_FORMAT_PICKLE
         )
         return Empty()
+
+
+def _handle_metadata(
+    described: api_pb2.Function | api_pb2.FunctionPrecreateRequest, function_id: str, app_id: str
+) -> api_pb2.FunctionHandleMetadata:
+    """What a client is told of a function, from either of the messages that describe it."""
+    return api_pb2.FunctionHandleMetadata(
+        function_name=described.function_name,
+        function_type=described.function_type,
+        definition_id=f"de-{function_id}",
+        function_schema=described.function_schema,
+        supported_input_formats=described.supported_input_formats,
+        supported_output_formats=described.supported_output_formats,
+        app_id=app_id,
+    )
