@@ -78,6 +78,25 @@ def test_guidance_of_one_is_none_zero_is_the_null_class_and_more_exaggerates():
     assert torch.allclose(drawn[1.5], torch.full((5, 2), 10 + 1.5 * (2 - 10)), atol=1e-3)
 
 
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
+def test_twice_the_steps_halve_eulers_error_and_quarter_heuns(method, order):
+    """Where the data are normal, the best prediction and where the path leads are known: noise z to 3 + 0.5 z."""
+
+    def best_prediction(points: torch.Tensor, times: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        t = times.view(-1, 1)
+        variance = (1 - t) ** 2 + (0.5 * t) ** 2
+        return 3 + 0.25 * t / variance * (points - 3 * t)
+
+    noise, classes = torch.randn(50, 1, dtype=torch.float64), torch.zeros(50, dtype=torch.int64)
+
+    def error(steps: int) -> float:
+        drawn = sample(best_prediction, noise, classes, 1, steps=steps, method=method)
+        return (drawn - (3 + 0.5 * noise)).abs().mean().item()
+
+    assert error(80) < 0.02
+    assert error(80) / error(160) == pytest.approx(2**order, rel=0.25)
+
+
 class Perceptron(nn.Module):
     """A small network for points in the plane."""
 

@@ -8,12 +8,14 @@ dimensions than the model has width to spare, noise cannot be passed through it,
 
 import itertools
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
 Model = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-# The implied velocity divides by 1 - t; near 1 that is bounded.
+# The loss divides by the time that is left; near the end of the path that is bounded, or a few pictures of a batch
+# would drown the others.
 MIN_TIME_LEFT = 0.05
 
 
@@ -29,9 +31,8 @@ def path_velocity(noise: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 
 
 def implied_velocity(points: torch.Tensor, predicted: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-    """The velocity, [B, ...], with which a point at its time reaches the predicted image at time 1."""
-    left = (1 - times).clamp_min(MIN_TIME_LEFT).view(-1, *[1] * (points.ndim - 1))
-    return (predicted - points) / left
+    """The velocity, [B, ...], with which a point at its time, which is below 1, reaches the predicted image at 1."""
+    return (predicted - points) / (1 - times).view(-1, *[1] * (points.ndim - 1))
 
 
 def sample_times(count: int, generator: torch.Generator) -> torch.Tensor:
@@ -60,9 +61,10 @@ def flow_matching_loss(
     if noise is images:
         raise ValueError("the path leads from the images to themselves")
     points = point_on_path(noise, images, times)
-    predicted = model(points, times, classes)
-    error = implied_velocity(points, predicted.float(), times) - implied_velocity(points, images, times)
-    return error.square().mean()
+    predicted = model(points, times, classes).float()
+    left = (1 - times).clamp_min(MIN_TIME_LEFT).view(-1, *[1] * (images.ndim - 1))
+    # Both velocities start at the same point, which cancels out of their difference.
+    return ((predicted - images) / left).square().mean()
 
 
 @torch.no_grad()
@@ -74,12 +76,15 @@ def sample(
     *,
     steps: int = 50,
     guidance_scale: float = 1.0,
+    method: Literal["heun", "euler"] = "heun",
 ) -> torch.Tensor:
-    """Images, [B, ...], from noise of that shape, by Heun's method (second order; the last step is Euler's).
+    """Images, [B, ...], from noise of that shape, along the velocity that the model implies.
 
     Args:
         classes: int64 [B].
         guidance_scale: 0 draws without the class, 1 with it, more exaggerates it (classifier-free guidance).
+        method: Euler's is of first order and asks the model once a step; Heun's is of second order and asks it
+            twice, but for the last step, which is Euler's (Karras et al., arXiv 2206.00364, algorithm 1).
     """
     times = torch.linspace(0, 1, steps + 1, device=noise.device)
 
@@ -100,7 +105,7 @@ def sample(
         step = next_time - time
         slope = velocity(points, time)
         ahead = points + step * slope
-        if next_time < 1:
+        if method == "heun" and next_time < 1:
             slope = (slope + velocity(ahead, next_time)) / 2
         points = points + step * slope
     return points

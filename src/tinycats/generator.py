@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torchvision.transforms import v2
@@ -76,8 +76,16 @@ class Generator:
     guidance_scale: float
     metrics: dict[str, Any]
 
-    def draw(self, names: Sequence[str], *, seed: int = 0, batch_size: int = 16, steps: int = 50) -> torch.Tensor:
-        """uint8 [len(names), 3, S, S]: a picture of each named class.
+    def draw(
+        self,
+        names: Sequence[str],
+        *,
+        seed: int = 0,
+        batch_size: int = 16,
+        steps: int = 50,
+        method: Literal["heun", "euler"] = "heun",
+    ) -> torch.Tensor:
+        """uint8 [len(names), 3, S, S]: a picture of each named class; `steps` and `method` as of `sample`.
 
         Raises:
             UserError: there is no such class.
@@ -86,8 +94,9 @@ class Generator:
             raise UserError(f"there is no class {unknown[0]!r}; there are {', '.join(self.classes)}")
         noise = starting_noise(len(names), self.model.image_size, seed)
         labels = torch.tensor([self.classes.index(name) for name in names])
+        settings = {"steps": steps, "guidance_scale": self.guidance_scale, "method": method}
         drawn = [
-            sample(self.model, part, some, self.model.null_class, steps=steps, guidance_scale=self.guidance_scale)
+            sample(self.model, part, some, self.model.null_class, **settings)
             for part, some in zip(noise.split(batch_size), labels.split(batch_size), strict=True)
         ]
         return to_bytes(torch.cat(drawn)) if drawn else torch.empty(0, dtype=torch.uint8)

@@ -1,0 +1,160 @@
+"""What TinyDiT should predict, which times it should be trained at, and how its learning rate should fall.
+
+    python benchmarks/flow_matching_choices.py cat-faces-64 --steps 800
+
+Each variant differs from the product's choice in one thing. All begin from the same weights and see the same
+pictures and the same noise in the same order. Compared are the moving averages, on held-out pictures: the error
+of the velocity at times up to 0.9, and the sliced Wasserstein distance of as many samples (x 1000, mean
+over the levels of the pyramid; the first line is that of real pictures). `<output>/<variant>.png` shows 16
+samples, from the same noise each.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from torchvision.utils import make_grid, save_image
+
+from sample_quality import distances_in_words, held_out_pictures, training_pictures
+from tinycats import flow_matching, generator
+from tinycats.batches import TrainingBatches, load_batches
+from tinycats.datasets import open_dataset
+from tinycats.dit import TinyDiT
+from tinycats.ema import moving_average
+from tinycats.optimization import adamw, warmup_cosine
+from tinycats.packed_images import PackedImages
+from tinycats.sliced_wasserstein import pyramid_distances
+
+Times = Callable[[int, torch.Generator], torch.Tensor]
+
+
+class PredictsVelocity(torch.nn.Module):
+    """The same model, whose output is taken for the velocity: what it predicts is where that leads."""
+
+    def __init__(self, model: TinyDiT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, points: torch.Tensor, times: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        left = (1 - times).clamp_min(flow_matching.MIN_TIME_LEFT).view(-1, 1, 1, 1)
+        return points + left * self.model(points, times, classes)
+
+
+def uniform(count: int, dice: torch.Generator) -> torch.Tensor:
+    """Times anywhere on the path alike."""
+    return torch.rand(count, generator=dice)
+
+
+def logit_normal(mean: float, std: float) -> Times:
+    """Times around sigmoid(mean)."""
+    return lambda count, dice: torch.sigmoid(mean + std * torch.randn(count, generator=dice))
+
+
+def warmup_constant(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
+    """As `warmup_cosine`, but it stays up."""
+    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
+
+
+VARIANTS: dict[str, dict] = {
+    "chosen": {},
+    "velocity": {"wrap": PredictsVelocity},
+    "uniform": {"times": uniform},
+    "logit-normal 0 1": {"times": logit_normal(0, 1)},
+    "logit-normal -0.4 1": {"times": logit_normal(-0.4, 1)},
+    "logit-normal -0.8 0.8": {"times": logit_normal(-0.8, 0.8)},
+    "bound 0.2": {"min_time_left": 0.2},
+    "bound 0.5": {"min_time_left": 0.5},
+    "error of the image": {"min_time_left": 1.0},
+    "-0.8 0.8, bound 0.5": {"times": logit_normal(-0.8, 0.8), "min_time_left": 0.5},
+    "-0.8 0.8, image": {"times": logit_normal(-0.8, 0.8), "min_time_left": 1.0},
+    "constant rate": {"schedule": warmup_constant},
+}
+
+
+@torch.no_grad()
+def velocity_error(model: torch.nn.Module, pictures: torch.Tensor) -> float:
+    """The loss at times that are spread evenly over nine tenths of the path, with fixed noise."""
+    dice = torch.Generator().manual_seed(1)
+    noise = torch.randn(pictures.shape, generator=dice)
+    times = 0.9 * (torch.randperm(len(pictures), generator=dice) + 0.5) / len(pictures)
+    classes = torch.zeros(len(pictures), dtype=torch.int64)
+    parts = zip(*(whole.split(64) for whole in (noise, pictures, times, classes)), strict=True)
+    return sum(len(part[0]) * flow_matching.flow_matching_loss(model, *part).item() for part in parts) / len(pictures)
+
+
+def train(
+    images: PackedImages,
+    options: argparse.Namespace,
+    wrap: Callable[[TinyDiT], torch.nn.Module] = lambda model: model,
+    times: Times = flow_matching.sample_times,
+    schedule: Callable[..., LambdaLR] = warmup_cosine,
+    min_time_left: float = flow_matching.MIN_TIME_LEFT,
+) -> torch.nn.Module:
+    """The moving average of a model trained on the pictures, as if they were of one class."""
+    torch.manual_seed(0)
+    model = wrap(TinyDiT(1, options.image_size, options.patch_size, options.dim, options.depth, options.heads))
+    average = moving_average(model, 0.999)
+    optimizer = adamw(model, options.lr, 0.0)
+    rate = schedule(optimizer, options.steps // 10, options.steps)
+    batches = TrainingBatches(images, options.batch_size, generator.training_transform(options.image_size), seed=0)
+    for pictures, labels in load_batches(batches, range(options.steps), 0, pin_memory=False):
+        targets = generator.to_unit(pictures)
+        noise, now = torch.randn_like(targets), times(len(targets), torch.default_generator)
+        with mock.patch.object(flow_matching, "MIN_TIME_LEFT", min_time_left):
+            loss = flow_matching.flow_matching_loss(model, noise, targets, now, labels * 0)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        average.update_parameters(model)
+    return average
+
+
+def main() -> None:
+    """Train each variant, print its numbers, write its samples."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--patch-size", type=int, default=8)
+    parser.add_argument("--dim", type=int, default=192)
+    parser.add_argument("--depth", type=int, default=6)
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--output", type=Path, default=Path("outputs/choices"))
+    options = parser.parse_args()
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    images = open_dataset(options.folder, options.image_size, options.folder.parent)
+    real, _ = held_out_pictures(images, options.image_size)
+    others = training_pictures(images, options.image_size)[: len(real)]
+    print(f"{'real pictures':44} distance {distances_in_words(pyramid_distances(others, real))}", flush=True)
+    noise = generator.starting_noise(len(real), options.image_size, seed=0)
+    for name in options.variants:
+        began = time.perf_counter()
+        model = train(images, options, **VARIANTS[name])
+        seconds = time.perf_counter() - began
+        drawn = [
+            flow_matching.sample(model, part, torch.zeros(len(part), dtype=torch.int64), 1, steps=10)
+            for part in noise.split(64)
+        ]
+        samples = torch.cat(drawn).clamp(-1, 1)
+        error, distances = velocity_error(model, real), pyramid_distances(samples, real)
+        words = distances_in_words(distances)
+        print(f"{name:22} {seconds:5.0f} s  error {error:.4f}  distance {words}", flush=True)
+        grid = make_grid((samples[:16] + 1) / 2, nrow=16, padding=2, pad_value=1)
+        save_image(grid, options.output / f"{name.replace(' ', '_')}.png")
+
+
+if __name__ == "__main__":
+    main()
