@@ -36,10 +36,10 @@ def test_the_loader_is_compared_with_a_step(small_toy):
 @pytest.mark.slow
 def test_the_choices_of_flow_matching_are_compared(small_toy, tmp_path):
     shape = [word for name, value in SHAPE.items() for word in (f"--{name.replace('_', '-')}", value)]
-    chosen = ("--variants", "chosen", "velocity", "--steps", 3, "--batch-size", 4, "--output", tmp_path)
+    chosen = ("--variants", "chosen", "late, velocity", "--steps", 3, "--batch-size", 4, "--output", tmp_path)
     printed = benchmark("flow_matching_choices.py", small_toy, *shape, *chosen)
-    assert [line.split()[0] for line in printed.splitlines()] == ["real", "chosen", "velocity"]
-    assert {path.name for path in tmp_path.iterdir()} == {"chosen.png", "velocity.png"}
+    assert [line.split()[0] for line in printed.splitlines()] == ["real", "chosen", "late,"]
+    assert {path.name for path in tmp_path.iterdir()} == {"chosen.png", "late_velocity.png"}
 
 
 @pytest.mark.slow

@@ -8,7 +8,6 @@ from tinycats.flow_matching import (
     drop_classes,
     flow_matching_loss,
     implied_velocity,
-    path_velocity,
     point_on_path,
     sample,
     sample_times,
@@ -17,8 +16,10 @@ from tinycats.flow_matching import (
 
 def test_the_velocity_is_the_derivative_of_the_path():
     noise, images, times = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0.0, 0.3, 0.6, 0.9])
-    _, derivative = torch.func.jvp(lambda now: point_on_path(noise, images, now), (times,), (torch.ones_like(times),))
-    assert torch.allclose(derivative, path_velocity(noise, images), atol=1e-5)
+    points, derivative = torch.func.jvp(
+        lambda now: point_on_path(noise, images, now), (times,), (torch.ones_like(times),)
+    )
+    assert torch.allclose(implied_velocity(points, images, times), derivative, atol=1e-4)
 
 
 def test_the_path_leads_from_noise_to_image():
@@ -27,20 +28,14 @@ def test_the_path_leads_from_noise_to_image():
     assert torch.equal(point_on_path(noise, images, torch.ones(2)), images)
 
 
-def test_the_right_image_implies_the_paths_velocity():
-    noise, images, times = torch.randn(3, 5), torch.randn(3, 5), torch.tensor([0.0, 0.4, 0.9])
-    points = point_on_path(noise, images, times)
-    assert torch.allclose(implied_velocity(points, images, times), path_velocity(noise, images), atol=1e-4)
-
-
 def test_the_loss_is_the_mean_square_of_the_velocitys_error():
     noise, images, times = torch.randn(6, 5), torch.randn(6, 5), 0.9 * torch.rand(6)
     classes = torch.zeros(6, dtype=torch.int64)
     points = point_on_path(noise, images, times)
+    errors = implied_velocity(points, torch.zeros(6, 5), times) - implied_velocity(points, images, times)
     loss = flow_matching_loss(lambda x, t, y: torch.zeros_like(x), noise, images, times, classes)
-    expected = (implied_velocity(points, torch.zeros(6, 5), times) - path_velocity(noise, images)).square().mean()
-    assert loss == pytest.approx(expected.item(), rel=1e-4)
-    assert flow_matching_loss(lambda x, t, y: images, noise, images, times, classes) < 1e-8
+    assert loss == pytest.approx(errors.square().mean().item(), rel=1e-4)
+    assert flow_matching_loss(lambda x, t, y: images, noise, images, times, classes) == 0
 
 
 def test_the_loss_of_images_against_themselves_cannot_happen():
@@ -100,28 +95,32 @@ def test_twice_the_steps_halve_eulers_error_and_quarter_heuns(method, order):
 class Perceptron(nn.Module):
     """A small network for points in the plane."""
 
-    def __init__(self, classes: int):
+    def __init__(self, classes: int, width: int = 128):
         super().__init__()
         self.embedding = nn.Embedding(classes + 1, 16)
+        self.register_buffer("frequencies", torch.pi * torch.arange(1, 9))
         self.net = nn.Sequential(
-            nn.Linear(2 + 1 + 16, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2)
+            *(nn.Linear(2 + 16 + 16, width), nn.SiLU()),
+            *(nn.Linear(width, width), nn.SiLU()),
+            *(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2)),
         )
 
     def forward(self, points: torch.Tensor, times: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        return self.net(torch.cat([points, times[:, None], self.embedding(classes)], dim=1))
+        angles = times[:, None] * self.frequencies
+        return self.net(torch.cat([points, angles.cos(), angles.sin(), self.embedding(classes)], dim=1))
 
 
 @pytest.mark.slow
 def test_on_two_gaussians_what_is_learned_lands_on_the_data_and_the_null_class_on_both():
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
-    centres = torch.tensor([[2.0, 1.0], [-2.0, -1.0]])
+    centres, deviation = torch.tensor([[2.0, 1.0], [-2.0, -1.0]]), 0.5
     model = Perceptron(2)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2500)
     for _ in range(2500):
         classes = torch.randint(0, 2, (256,), generator=generator)
-        data = centres[classes] + 0.2 * torch.randn(256, 2, generator=generator)
+        data = centres[classes] + deviation * torch.randn(256, 2, generator=generator)
         noise, times = torch.randn(256, 2, generator=generator), sample_times(256, generator)
         loss = flow_matching_loss(model, noise, data, times, drop_classes(classes, 2, 0.1, generator))
         optimizer.zero_grad()
@@ -132,12 +131,9 @@ def test_on_two_gaussians_what_is_learned_lands_on_the_data_and_the_null_class_o
     noise = torch.randn(2000, 2, generator=generator)
     for name in (0, 1):
         drawn = sample(model, noise, torch.full((2000,), name), 2)
-        assert torch.allclose(drawn.mean(0), centres[name], atol=0.1)
-        away = (drawn - centres[name]).norm(dim=1)
-        assert (away < 0.6).float().mean() > 0.97, "within three deviations of the data"
-        # Too narrowly, with these times (ADR-026), but not all on one point.
-        assert (drawn.std(0) > 0.01).all()
+        assert torch.allclose(drawn.mean(0), centres[name], atol=deviation / 2)
+        assert ((drawn.std(0) > 0.6 * deviation) & (drawn.std(0) < 1.2 * deviation)).all(), drawn.std(0)
     without = sample(model, noise, torch.full((2000,), 0), 2, guidance_scale=0)
     nearest = torch.cdist(without, centres)
-    assert (nearest.min(1).values < 1).float().mean() > 0.9
+    assert (nearest.min(1).values < 3 * deviation).float().mean() > 0.9
     assert 0.35 < (nearest.argmin(1) == 0).float().mean() < 0.65

@@ -112,14 +112,16 @@ def test_sixteen_pictures_are_memorised_and_drawn_again_from_their_own_noise(sma
     transform = generator.validation_transform(16)
     pictures = torch.stack([transform(torch.from_numpy(images[index]).permute(2, 0, 1)) for index in chosen])
     targets, labels = generator.to_unit(pictures), torch.arange(16)  # a class of its own for each
+    at_once = 4  # times of a picture in a batch
     torch.manual_seed(0)
     model = TinyDiT(16, image_size=16, patch_size=4, dim=96, depth=3, heads=3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
     dice = torch.Generator().manual_seed(0)
     noise = torch.randn(targets.shape, generator=dice)
-    for _ in range(400):
-        loss = flow_matching_loss(model, noise, targets, sample_times(16, dice), labels)
+    batch = noise.repeat(at_once, 1, 1, 1), targets.repeat(at_once, 1, 1, 1)
+    for _ in range(500):
+        loss = flow_matching_loss(model, *batch, sample_times(16 * at_once, dice), labels.repeat(at_once))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

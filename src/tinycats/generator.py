@@ -17,7 +17,7 @@ from tinycats.flow_matching import sample
 
 # A grid of samples: a row a class. Each picture takes two evaluations of the model a step, four with guidance.
 COLUMNS = 8
-GRID_STEPS = 20
+GRID_STEPS = 10
 
 
 def training_transform(image_size: int) -> v2.Transform:
