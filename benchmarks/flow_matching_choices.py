@@ -13,6 +13,7 @@ what is predicted, not the image. Narrow, late, uniform: other times to train at
 """
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -53,12 +54,8 @@ def uniform(count: int, dice: torch.Generator) -> torch.Tensor:
     return torch.rand(count, generator=dice)
 
 
-def logit_normal(mean: float, std: float) -> Times:
-    """Times around sigmoid(mean)."""
-    return lambda count, dice: torch.sigmoid(mean + std * torch.randn(count, generator=dice))
-
-
-LATE, NARROW = logit_normal(-0.4, 1.0), logit_normal(-0.8, 0.8)
+LATE = functools.partial(flow_matching.sample_times, mean=-0.4)
+NARROW = functools.partial(flow_matching.sample_times, std=0.8)
 
 
 def warmup_constant(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
@@ -83,23 +80,16 @@ VARIANTS: dict[str, dict] = {
 }
 
 
-def weighted_loss(
-    model: torch.nn.Module, noise: torch.Tensor, images: torch.Tensor, times: torch.Tensor, bound: float
-) -> torch.Tensor:
-    """Mean squared error of the predicted image, divided by the time that is left, which is at least `bound`."""
-    points = flow_matching.point_on_path(noise, images, times)
-    predicted = model(points, times, torch.zeros(len(images), dtype=torch.int64))
-    return ((predicted - images) / (1 - times).clamp_min(bound).view(-1, 1, 1, 1)).square().mean()
-
-
 @torch.no_grad()
 def velocity_error(model: torch.nn.Module, pictures: torch.Tensor) -> float:
     """The mean squared error of the velocity at times spread evenly over nine tenths of the path, with fixed noise."""
     dice = torch.Generator().manual_seed(1)
     noise = torch.randn(pictures.shape, generator=dice)
     times = 0.9 * (torch.randperm(len(pictures), generator=dice) + 0.5) / len(pictures)
-    parts = zip(noise.split(64), pictures.split(64), times.split(64), strict=True)
-    return sum(len(part[0]) * weighted_loss(model, *part, bound=0.0).item() for part in parts) / len(pictures)
+    classes = torch.zeros(len(pictures), dtype=torch.int64)
+    parts = zip(*(whole.split(64) for whole in (noise, pictures, times, classes)), strict=True)
+    losses = (len(part[0]) * flow_matching.flow_matching_loss(model, *part, min_time_left=0.0).item() for part in parts)
+    return sum(losses) / len(pictures)
 
 
 def train(
@@ -117,10 +107,10 @@ def train(
     optimizer = adamw(model, options.lr, 0.0)
     rate = schedule(optimizer, options.steps // 10, options.steps)
     batches = TrainingBatches(images, options.batch_size, generator.training_transform(options.image_size), seed=0)
-    for pictures, _ in load_batches(batches, range(options.steps), 0, pin_memory=False):
+    for pictures, labels in load_batches(batches, range(options.steps), 0, pin_memory=False):
         targets = generator.to_unit(pictures)
         noise, now = torch.randn_like(targets), times(len(targets), torch.default_generator)
-        loss = weighted_loss(model, noise, targets, now, bound)
+        loss = flow_matching.flow_matching_loss(model, noise, targets, now, 0 * labels, min_time_left=bound)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -97,10 +97,10 @@ def test_killed_at_random_moments_and_resumed_it_ends_bit_identical(workers, und
     assert same(results(run), results(undisturbed))
 
 
-def test_the_null_class_is_trained_like_the_others(undisturbed, small_toy):
+def test_the_null_class_is_trained_like_the_others(undisturbed):
     """Past failure 9: guidance leaned on an unconditional class that had never been trained."""
     torch.manual_seed(seed_for(0, INITIALISATION))
-    before = TinyDiT(5, image_size=32, patch_size=8, dim=64, depth=2, heads=2).y_embedder.weight
+    before = TinyDiT(5, **checkpoints.load(undisturbed / "tiny_dit.pt")["shape"]).y_embedder.weight
     after = checkpoints.load(undisturbed / "state.pt")["model"]["y_embedder.weight"]
     assert after.shape == before.shape == (6, 64)
     assert ((after - before).abs().amax(dim=1) > 1e-4).all()

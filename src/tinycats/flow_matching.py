@@ -30,10 +30,10 @@ def implied_velocity(points: torch.Tensor, predicted: torch.Tensor, times: torch
     return (predicted - points) / (1 - times).view(-1, *[1] * (points.ndim - 1))
 
 
-def sample_times(count: int, generator: torch.Generator) -> torch.Tensor:
+def sample_times(count: int, generator: torch.Generator, *, mean: float = -0.8, std: float = 1.0) -> torch.Tensor:
     """float32 [count] in (0, 1), logit-normal (Esser et al., arXiv 2403.03206, section 3.1): most around 0.3, where
     it is decided what will be seen, and enough near 1, where detail is. Chosen by measurement (ADR-026)."""
-    return torch.sigmoid(torch.randn(count, generator=generator) - 0.8)
+    return torch.sigmoid(mean + std * torch.randn(count, generator=generator))
 
 
 def drop_classes(
@@ -46,9 +46,18 @@ def drop_classes(
 
 
 def flow_matching_loss(
-    model: Model, noise: torch.Tensor, images: torch.Tensor, times: torch.Tensor, classes: torch.Tensor
+    model: Model,
+    noise: torch.Tensor,
+    images: torch.Tensor,
+    times: torch.Tensor,
+    classes: torch.Tensor,
+    *,
+    min_time_left: float = MIN_TIME_LEFT,
 ) -> torch.Tensor:
     """Mean squared error of the velocity that the model's prediction implies; a scalar.
+
+    Args:
+        min_time_left: the error of the image is divided by 1 - t, but by no less than this.
 
     Raises:
         ValueError: noise and images are the same: the path has no length, and nothing would be learned.
@@ -56,7 +65,7 @@ def flow_matching_loss(
     if noise is images:
         raise ValueError("the path leads from the images to themselves")
     predicted = model(point_on_path(noise, images, times), times, classes).float()
-    left = (1 - times).clamp_min(MIN_TIME_LEFT).view(-1, *[1] * (images.ndim - 1))
+    left = (1 - times).clamp_min(min_time_left).view(-1, *[1] * (images.ndim - 1))
     # Both velocities start at the same point, which cancels out of their difference.
     return ((predicted - images) / left).square().mean()
 
