@@ -1,6 +1,6 @@
 """How far a finished generator's pictures are from held-out ones, and from the ones that it was trained on.
 
-    python benchmarks/sample_quality.py outputs/tiny_dit.pt cat-faces-64 --picture drawn.png
+    python benchmarks/sample_quality.py outputs/tiny_dit.pt cat-faces-64 --picture outputs/drawn.png
 
 Draws as many pictures as the folder holds out, of the same classes, and prints their sliced Wasserstein
 distance (x 1000) to the held-out pictures at each level of a Laplacian pyramid; above it, for comparison, that
