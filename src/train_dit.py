@@ -172,7 +172,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     model = TinyDiT(len(images.classes), **shape).to(device.device)
     parallel_model = device.over_all_gpus(model)
     average = moving_average(model, options.ema_beta)
-    optimizer = adamw(model, options.lr, options.weight_decay)
+    optimizer = adamw(model, options.lr, options.weight_decay, generator.BETA2)
     schedule = warmup_cosine(optimizer, options.warmup_steps, options.steps)
 
     # All that changes while training. Whatever is random is drawn anew from (seed, step) and is not among it.

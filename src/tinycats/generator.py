@@ -19,6 +19,9 @@ from tinycats.flow_matching import sample
 COLUMNS = 8
 GRID_STEPS = 10
 
+# AdamW's memory of squared gradients while training: twenty steps, not the usual thousand (ADR-026).
+BETA2 = 0.95
+
 
 def training_transform(image_size: int) -> v2.Transform:
     """uint8 [3, H, W] -> uint8 [3, image_size, image_size]: the middle of the picture, mirrored or not."""

@@ -7,7 +7,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 
-def adamw(model: torch.nn.Module, lr: float, weight_decay: float) -> AdamW:
+def adamw(model: torch.nn.Module, lr: float, weight_decay: float, beta2: float = 0.999) -> AdamW:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) that decays matrices and convolutions alone: pulling
     the scales and offsets of norms, and biases, towards zero only makes a model worse."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -15,7 +15,7 @@ def adamw(model: torch.nn.Module, lr: float, weight_decay: float) -> AdamW:
         {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=lr, fused=parameters[0].is_cuda or None)
+    return AdamW(groups, lr=lr, betas=(0.9, beta2), fused=parameters[0].is_cuda or None)
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
