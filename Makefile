@@ -31,5 +31,6 @@ bubblewrap:
 	  command -v bwrap >/dev/null; \
 	} || { echo "error: the tests need bubblewrap, on Linux: sudo apt-get install bubblewrap" >&2; exit 1; }
 
+# A core for each of the tests' processes: with threads of their own they would wait for one another.
 test: lint bubblewrap
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal

@@ -9,7 +9,8 @@ that of real pictures). `<output>/<variant>.png` shows 16 samples, from the same
 
 A bound: the error of the image is divided by the time that is left, which makes it that of the velocity, but by
 no less than the bound (the product's, if none is named; 1 leaves it the error of the image). Velocity: that is
-what is predicted, not the image. Narrow, late, uniform: other times to train at than the product's.
+what is predicted, not the image. Narrow, late, uniform: other times to train at than the product's. Usual: the
+position embedding of the DiT paper, AdamW's usual memory of squared gradients.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from sample_quality import distances_in_words, held_out_pictures, training_pictu
 from tinycats import flow_matching, generator
 from tinycats.batches import TrainingBatches, load_batches
 from tinycats.datasets import open_dataset
-from tinycats.dit import TinyDiT
+from tinycats.dit import TinyDiT, sinusoids
 from tinycats.ema import moving_average
 from tinycats.optimization import adamw, warmup_cosine
 from tinycats.packed_images import PackedImages
@@ -47,6 +48,14 @@ class PredictsVelocity(torch.nn.Module):
 
     def forward(self, points: torch.Tensor, times: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         return points + (1 - times).view(-1, 1, 1, 1) * self.model(points, times, classes)
+
+
+def usual_positions(model: TinyDiT) -> TinyDiT:
+    """The same model with the position embedding of the DiT paper, whose waves are those made for sentences."""
+    side, dim = model.image_size // model.patch_size, model.position.shape[1]
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    model.position.copy_(torch.cat([sinusoids(axis.flatten(), dim // 2) for axis in (rows, columns)], dim=1))
+    return model
 
 
 def uniform(count: int, dice: torch.Generator) -> torch.Tensor:
@@ -68,6 +77,9 @@ VARIANTS: dict[str, dict] = {
     "velocity": {"wrap": PredictsVelocity},
     "constant rate": {"schedule": warmup_constant},
     "uniform": {"times": uniform},
+    "usual positions": {"wrap": usual_positions},
+    "usual beta2": {"beta2": 0.999},
+    "usual both": {"wrap": usual_positions, "beta2": 0.999},
     "narrow": {"times": NARROW},
     "narrow, bound 0.5": {"times": NARROW, "bound": 0.5},
     "narrow, bound 1": {"times": NARROW, "bound": 1.0},
@@ -99,12 +111,13 @@ def train(
     times: Times = flow_matching.sample_times,
     schedule: Callable[..., LambdaLR] = warmup_cosine,
     bound: float = flow_matching.MIN_TIME_LEFT,
+    beta2: float = generator.BETA2,
 ) -> torch.nn.Module:
     """The moving average of a model trained on the pictures, as if they were of one class."""
     torch.manual_seed(0)
     model = wrap(TinyDiT(1, options.image_size, options.patch_size, options.dim, options.depth, options.heads))
     average = moving_average(model, 0.999)
-    optimizer = adamw(model, options.lr, 0.0)
+    optimizer = adamw(model, options.lr, 0.0, beta2)
     rate = schedule(optimizer, options.steps // 10, options.steps)
     batches = TrainingBatches(images, options.batch_size, generator.training_transform(options.image_size), seed=0)
     for pictures, labels in load_batches(batches, range(options.steps), 0, pin_memory=False):

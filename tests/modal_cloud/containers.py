@@ -132,6 +132,8 @@ def command(
         words += ["--bind", str(mounted.folder), mount_path]
     defaults = {"PATH": f"{PYTHON}/bin:/usr/bin:/bin", "HOME": "/root", "LANG": "C.UTF-8", "PYTHONUNBUFFERED": "1"}
     defaults["LD_LIBRARY_PATH"] = f"{PYTHON}/lib"  # a shared libpython is found by its old place otherwise
+    if threads := os.environ.get("OMP_NUM_THREADS"):
+        defaults["OMP_NUM_THREADS"] = threads  # beside other tests a container has one core
     paths = {"PYTHONPATH": f"/root:{PACKAGES}:{CLIENT}", "PYTHONDONTWRITEBYTECODE": "1"}
     for name, value in (defaults | paths | environment).items():
         words += ["--setenv", name, value]
