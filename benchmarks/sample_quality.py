@@ -4,7 +4,8 @@
 
 Draws as many pictures as the folder holds out, of the same classes, and prints their sliced Wasserstein
 distance (x 1000) to the held-out pictures at each level of a Laplacian pyramid; above it, for comparison, that
-of as many real pictures from the training set. Then how far, in the mean, a picture is from the training picture
+of as many real pictures from the training set. The distance does not see contrast: that is the deviation of the
+pixels, as a part of that of the held-out ones. Then how far, in the mean, a picture is from the training picture
 nearest to it (root mean square over its pixels, of a range of 2): a generator that only repeats what it was
 shown is much nearer than a held-out picture is. The picture shows the first 32 that were drawn.
 """
@@ -77,7 +78,8 @@ def main() -> None:
     drawn = generator.to_unit(drawn)
     if options.picture:
         save_image((drawn[:32] + 1) / 2, options.picture, nrow=8, padding=2, pad_value=1)
-    print(f"drawn pictures  {distances_in_words(pyramid_distances(drawn, real))}")
+    contrast = drawn.std() / real.std()
+    print(f"drawn pictures  {distances_in_words(pyramid_distances(drawn, real))}  contrast {contrast:.2f}")
     print(f"nearest training picture: held-out {nearest(real, shown):.3f}, drawn {nearest(drawn, shown):.3f}")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.io import decode_image
 from torchvision.transforms.v2.functional import resize
 
 import train_dit
@@ -26,7 +27,7 @@ from tinycats.signals import StopSignals
 
 STEPS = 30
 SMALL = ("--image-size", "32", "--patch-size", "8", "--dim", "64", "--depth", "2", "--heads", "2")
-SMALL += ("--batch-size", "8", "--lr", "1e-3", "--sample-every", "20", "--steps", str(STEPS))
+SMALL += ("--batch-size", "8", "--lr", "1e-3", "--sample-every", "20", "--sample-steps", "3", "--steps", str(STEPS))
 
 
 def train_here(*arguments: object, stop: StopSignals | None = None) -> dict:
@@ -72,8 +73,10 @@ def test_a_run_leaves_what_the_design_says(undisturbed):
     assert {path.name for path in (undisturbed / "samples").iterdir()} == {"step_0000020.png", "step_0000030.png"}
     rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "val_loss" in row] == [20, 30]
-    drawn = generator.load(undisturbed.parents[1] / "tiny_dit.pt").draw(["tabby", "other"], steps=2)
-    assert drawn.shape == (2, 3, 32, 32)
+    artist = generator.load(undisturbed.parents[1] / "tiny_dit.pt")
+    assert artist.draw(["tabby", "other"], steps=2).shape == (2, 3, 32, 32)
+    grid = generator.sample_grid(artist.model, len(artist.classes), 32, artist.guidance_scale, steps=3)
+    assert torch.equal(decode_image(undisturbed / "samples" / "step_0000030.png"), grid)
 
 
 @pytest.mark.slow

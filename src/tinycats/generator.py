@@ -17,7 +17,6 @@ from tinycats.flow_matching import sample
 
 # A grid of samples: a row a class. Each picture takes two evaluations of the model a step, four with guidance.
 COLUMNS = 8
-GRID_STEPS = 10
 
 # AdamW's memory of squared gradients while training: twenty steps, not the usual thousand (ADR-026).
 BETA2 = 0.95
@@ -54,18 +53,21 @@ def starting_noise(count: int, image_size: int, seed: int) -> torch.Tensor:
     )
 
 
-def sample_grid(model: torch.nn.Module, num_classes: int, image_size: int, guidance_scale: float) -> torch.Tensor:
+def sample_grid(
+    model: torch.nn.Module, num_classes: int, image_size: int, guidance_scale: float, steps: int
+) -> torch.Tensor:
     """uint8 [3, H, W]: a row a class, a column a noise, and always the same noise.
 
     Args:
         model: TinyDiT or its moving average, on any device.
+        steps: as of `sample`.
     """
     device = next(model.parameters()).device
     noise = starting_noise(COLUMNS, image_size, seed=0).to(device)
     rows = []
     for label in range(num_classes):
         classes = torch.full((COLUMNS,), label, device=device)
-        drawn = sample(model, noise, classes, num_classes, steps=GRID_STEPS, guidance_scale=guidance_scale)
+        drawn = sample(model, noise, classes, num_classes, steps=steps, guidance_scale=guidance_scale)
         rows.append(to_bytes(drawn).cpu())
     return make_grid(torch.cat(rows), nrow=COLUMNS, padding=2, pad_value=255)
 
