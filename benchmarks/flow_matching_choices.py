@@ -123,12 +123,14 @@ def train(
     beta2: float = generator.BETA2,
 ) -> torch.nn.Module:
     """The moving average of a model trained on the pictures, as if they were of one class."""
-    torch.manual_seed(0)
+    torch.manual_seed(options.seed)
     model = wrap(TinyDiT(1, options.image_size, options.patch_size, options.dim, options.depth, options.heads))
     average = moving_average(model, 0.999)
     optimizer = adamw(model, options.lr, 0.0, beta2)
     rate = schedule(optimizer, options.steps // 10, options.steps)
-    batches = TrainingBatches(images, options.batch_size, generator.training_transform(options.image_size), seed=0)
+    batches = TrainingBatches(
+        images, options.batch_size, generator.training_transform(options.image_size), options.seed
+    )
     for pictures, labels in load_batches(batches, range(options.steps), 0, pin_memory=False):
         targets = generator.to_unit(pictures)
         noise, now = torch.randn_like(targets), times(len(targets), torch.default_generator)
@@ -155,6 +157,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=96)
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/choices"))
     options = parser.parse_args()
 
