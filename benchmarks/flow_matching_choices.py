@@ -34,7 +34,7 @@ from tinycats.batches import TrainingBatches, load_batches
 from tinycats.datasets import open_dataset
 from tinycats.dit import TinyDiT, sinusoids
 from tinycats.ema import moving_average
-from tinycats.optimization import adamw, warmup_cosine
+from tinycats.optimization import adamw, warmup_cosine, warmup_stable_decay
 from tinycats.packed_images import PackedImages
 from tinycats.sliced_wasserstein import pyramid_distances
 
@@ -76,7 +76,7 @@ NARROW = functools.partial(flow_matching.sample_times, std=0.8)
 
 
 def warmup_constant(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
-    """As `warmup_cosine`, but it stays up."""
+    """As the others, but it stays up."""
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
 
 
@@ -84,6 +84,7 @@ VARIANTS: dict[str, dict] = {
     "chosen": {},
     "velocity": {"wrap": PredictsVelocity},
     "constant rate": {"schedule": warmup_constant},
+    "cosine": {"schedule": warmup_cosine},
     "uniform": {"times": uniform},
     "a tenth uniform": {"times": tenth_uniform},
     "usual positions": {"wrap": usual_positions},
@@ -94,7 +95,6 @@ VARIANTS: dict[str, dict] = {
     "narrow, bound 1": {"times": NARROW, "bound": 1.0},
     "late": {"times": LATE},
     "late, velocity": {"times": LATE, "wrap": PredictsVelocity},
-    "late, constant rate": {"times": LATE, "schedule": warmup_constant},
     "late, bound 0.2": {"times": LATE, "bound": 0.2},
     "late, bound 0.5": {"times": LATE, "bound": 0.5},
     "late, bound 1": {"times": LATE, "bound": 1.0},
@@ -118,7 +118,7 @@ def train(
     options: argparse.Namespace,
     wrap: Callable[[TinyDiT], torch.nn.Module] = lambda model: model,
     times: Times = flow_matching.sample_times,
-    schedule: Callable[..., LambdaLR] = warmup_cosine,
+    schedule: Callable[..., LambdaLR] = warmup_stable_decay,
     bound: float = flow_matching.MIN_TIME_LEFT,
     beta2: float = generator.BETA2,
 ) -> torch.nn.Module:

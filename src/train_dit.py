@@ -160,7 +160,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     from tinycats.dit import TinyDiT
     from tinycats.ema import moving_average
     from tinycats.flow_matching import drop_classes, flow_matching_loss, sample_times
-    from tinycats.optimization import adamw, all_finite, warmup_cosine
+    from tinycats.optimization import adamw, all_finite, warmup_stable_decay
 
     # Pictures: decoded once, and cut into the same batches whatever happens on the way.
     images = machine.open_dataset(options.data_dir, options.image_size, options.output_dir)
@@ -179,7 +179,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     parallel_model = device.over_all_gpus(model)
     average = moving_average(model, options.ema_beta)
     optimizer = adamw(model, options.lr, options.weight_decay, generator.BETA2)
-    schedule = warmup_cosine(optimizer, options.warmup_steps, options.steps)
+    schedule = warmup_stable_decay(optimizer, options.warmup_steps, options.steps)
 
     # All that changes while training. Whatever is random is drawn anew from (seed, step) and is not among it.
     step, metrics = 0, []

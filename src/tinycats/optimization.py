@@ -31,6 +31,18 @@ def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_ste
     return LambdaLR(optimizer, factor)
 
 
+def warmup_stable_decay(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
+    """Linear from almost nothing to the full rate in `warmup_steps`, and in the last fifth of `total_steps` linear
+    down to zero (Hägele et al., arXiv 2405.18392)."""
+
+    def factor(step: int) -> float:
+        rise = (step + 1) / max(1, warmup_steps)
+        fall = 5 * (total_steps - step) / total_steps
+        return max(0.0, min(1.0, rise, fall))
+
+    return LambdaLR(optimizer, factor)
+
+
 def all_finite(model: torch.nn.Module) -> bool:
     """Whether no weight or buffer of the model is infinite or NaN; waits for the device once."""
     return bool(torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()]).all())
