@@ -15,7 +15,7 @@ from torchvision.transforms.v2.functional import resize
 
 import train_dit
 from conftest import script_process
-from tinycats import checkpoints, classifier, generator
+from tinycats import checkpoints, classifier, command_line, generator
 from tinycats.batches import INITIALISATION, seed_for
 from tinycats.datasets import open_dataset
 from tinycats.dit import TinyDiT
@@ -198,6 +198,17 @@ def test_a_state_of_another_shape_is_refused(undisturbed, tmp_path, monkeypatch)
     shutil.copytree(undisturbed.parents[1], tmp_path / "outputs")
     with pytest.raises(UserError, match=r"--depth 3 \(the run has 2\), --dim 128 \(the run has 64\)"):
         train_here("--resume", "r", "--depth", 3, "--dim", 128)
+
+
+def test_a_state_from_before_an_option_existed_is_refused_that_option(undisturbed, monkeypatch):
+    monkeypatch.chdir(undisturbed.parents[2])
+    saved = checkpoints.load(undisturbed / "state.pt")["options"]
+    del saved["sample_steps"]
+    options = train_dit.PARSER.parse(["--resume", "r", "--sample-steps", "7"])
+    with pytest.raises(UserError, match=r"--sample-steps 7 \(the run has none\)"):
+        command_line.resumed_options(options, saved)
+    options = train_dit.PARSER.parse(["--resume", "r"])
+    assert command_line.resumed_options(options, saved).sample_steps is None
 
 
 def test_the_log_says_how_it_goes(undisturbed):

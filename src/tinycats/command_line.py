@@ -209,10 +209,10 @@ def resumed_options(options: Options, saved: dict) -> Options:
     Raises:
         UserError: the user gave an option that contradicts the saved run; the message names each.
     """
-    wrong = [
-        f"--{name.replace('_', '-')} {getattr(options, name)} (the run has {saved[name]})"
+    wrong = [  # a state that is older than an option has none of it
+        f"--{name.replace('_', '-')} {getattr(options, name)} (the run has {saved.get(name, 'none')})"
         for name in sorted(options.given - FREE_ON_RESUME)
-        if getattr(options, name) != saved[name]
+        if name not in saved or getattr(options, name) != saved[name]
     ]
     if wrong:
         raise UserError(f"the run cannot go on with other options: {', '.join(wrong)}")
