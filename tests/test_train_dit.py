@@ -73,6 +73,7 @@ def test_a_run_leaves_what_the_design_says(undisturbed):
     assert {path.name for path in (undisturbed / "samples").iterdir()} == {"step_0000020.png", "step_0000030.png"}
     rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "val_loss" in row] == [20, 30]
+    assert [row["lr"] for row in rows if "lr" in row] == [0], "the learning rate has come down"
     artist = generator.load(undisturbed.parents[1] / "tiny_dit.pt")
     assert artist.draw(["tabby", "other"], steps=2).shape == (2, 3, 32, 32)
     grid = generator.sample_grid(artist.model, len(artist.classes), 32, artist.guidance_scale, steps=3)
