@@ -64,6 +64,15 @@ def run_train(tmp_path) -> Callable[..., subprocess.CompletedProcess]:
     return run
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    """What the containers of a failing test printed stands beside its traceback."""
+    report = yield
+    if report.failed and isinstance(cloud := getattr(item, "funcargs", {}).get("modal_cloud"), ModalCloud):
+        report.sections.append(("containers", cloud.report()))
+    return report
+
+
 @pytest.fixture
 def modal_cloud() -> Iterator[ModalCloud]:
     """A Modal of the test's own, empty; see tests/modal_cloud."""

@@ -55,7 +55,9 @@ class ModalCloud:
         asyncio.run_coroutine_threadsafe(self._start(), self._loop).result()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
+        if error is not None:
+            error.add_note(self.report())
         asyncio.run_coroutine_threadsafe(self._end(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -144,6 +146,10 @@ class ModalCloud:
     def containers(self) -> list[Container]:
         """The containers that ran or run, in the order in which they were started."""
         return self._cloud.containers
+
+    def report(self) -> str:
+        """How each container ended and the end of what it printed, for whoever asks why a test failed."""
+        return "\n\n".join(container.report() for container in self.containers)
 
     @property
     def functions(self) -> list[Function]:

@@ -83,6 +83,11 @@ class Container:
                     found |= {line.split(maxsplit=5)[-1] for line in (process / "maps").read_text().splitlines()}
         return sorted(path for path in found if path.startswith(f"{mount_path}/"))
 
+    def report(self, lines: int = 30) -> str:
+        """How it ended, and the end of what it printed."""
+        printed = self.output.splitlines()[-lines:]
+        return "\n".join([f"container {self.attempt}: {self.ended or 'still running'}", *printed])
+
     def kill(self) -> None:
         """What a crash of the machine is."""
         self.send_signal(signal.SIGKILL)
