@@ -1,4 +1,4 @@
-"""Whether pictures are ready before TinyDiT wants them: the loader's pictures a second against a training step's.
+"""Whether images are ready before TinyDiT wants them: the loader's images a second against a training step's.
 
     python benchmarks/data_against_step.py data/cats --num-workers 2
 
@@ -56,7 +56,7 @@ class Step:
         return time.perf_counter() - began
 
     def operations(self) -> int:
-        """Floating-point operations of a step, for each picture."""
+        """Floating-point operations of a step, for each image."""
         with FlopCounterMode(display=False) as counter:
             self(2)
         return counter.get_total_flops() // 2
@@ -65,7 +65,7 @@ class Step:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("data/cats"), help="with at least 256 pictures")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("data/cats"), help="with at least 256 images")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--num-workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
@@ -74,21 +74,21 @@ def main() -> None:
     images = open_dataset(options.folder, IMAGE_SIZE, options.folder.parent)
     batches = TrainingBatches(images, options.batch_size, generator.training_transform(IMAGE_SIZE), seed=0)
     if batches.batch_size < options.batch_size:
-        parser.error(f"{options.folder} has only {batches.batch_size} pictures to train on")
+        parser.error(f"{options.folder} has only {batches.batch_size} images to train on")
     step = Step()
     step.seconds(2)  # the first is slower than the others
     rates, seconds = [], []
     for _ in range(options.rounds):
         loader = load_batches(batches, range(41), options.num_workers, pin_memory=False)
-        rates.append(rate(loader, options.batch_size, lambda pictures: pictures))
+        rates.append(rate(loader, options.batch_size, lambda images: images))
         seconds.append(step.seconds(options.batch_size))
     ready, wanted = statistics.median(rates), options.batch_size / statistics.median(seconds)
     operations = step.operations()
-    print(f"loader {ready:8.0f} pictures/s, a batch of {options.batch_size} in {options.batch_size / ready:.3f} s")
-    print(f"step   {wanted:8.0f} pictures/s, a batch of {options.batch_size} in {options.batch_size / wanted:.3f} s")
+    print(f"loader {ready:8.0f} images/s, a batch of {options.batch_size} in {options.batch_size / ready:.3f} s")
+    print(f"step   {wanted:8.0f} images/s, a batch of {options.batch_size} in {options.batch_size / wanted:.3f} s")
     print(f"ratio  {ready / wanted:8.1f}x on this machine")
     print(
-        f"A step takes {operations / 1e9:.1f} GFLOP a picture: the loader feeds {operations * ready / 1e12:.0f} TFLOP/s"
+        f"A step takes {operations / 1e9:.1f} GFLOP an image: the loader feeds {operations * ready / 1e12:.0f} TFLOP/s"
     )
 
 

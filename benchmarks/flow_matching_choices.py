@@ -2,16 +2,16 @@
 
     python benchmarks/flow_matching_choices.py cat-faces-64 --steps 2500
 
-Every variant begins from the same weights and sees the same pictures and the same noise in the same order.
-Compared are the moving averages, on held-out pictures: the error of the velocity at times up to 0.9, and the
+Every variant begins from the same weights and sees the same images and the same noise in the same order.
+Compared are the EMAs, on validation images: the error of the velocity at timesteps up to 0.9, and the
 sliced Wasserstein distance of as many samples (x 1000, mean over the levels of the pyramid; the first line is
-that of real pictures), which does not see their contrast: hence the deviation of their pixels as a part of that
-of the held-out pictures' pixels. `<output>/<variant>.png` shows 16 samples, from the same noise each.
+that of real images), which does not see their contrast: hence the deviation of their pixels as a part of that
+of the validation images' pixels. `<output>/<variant>.png` shows 16 samples, from the same noise each.
 
 A bound: the error of the image is divided by the time that is left, which makes it that of the velocity, but by
 no less than the bound (the product's, if none is named; 1 leaves it the error of the image). Velocity: that is
-what is predicted, not the image. Narrow, late, uniform: other times to train at than the product's; a tenth
-uniform: one time in ten is drawn evenly. Usual: the position embedding of the DiT paper, AdamW's usual memory
+what is predicted, not the image. Narrow, late, uniform: other timesteps to train at than the product's; a tenth
+uniform: one timestep in ten is uniform. Usual: the position embedding of the DiT paper, AdamW's usual memory
 of squared gradients.
 """
 
@@ -28,17 +28,17 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.utils import make_grid, save_image
 
-from sample_quality import distances_in_words, held_out_pictures, training_pictures
+from sample_quality import distances_in_words, training_images, validation_images
 from tinycats import flow_matching, generator
 from tinycats.batches import TrainingBatches, load_batches
 from tinycats.datasets import open_dataset
 from tinycats.dit import TinyDiT, sinusoids
-from tinycats.ema import moving_average
+from tinycats.ema import ema_model
 from tinycats.optimization import adamw, warmup_cosine, warmup_stable_decay
 from tinycats.packed_images import PackedImages
 from tinycats.sliced_wasserstein import pyramid_distances
 
-Times = Callable[[int, torch.Generator], torch.Tensor]
+Timesteps = Callable[[int, torch.Generator], torch.Tensor]
 
 
 class PredictsVelocity(torch.nn.Module):
@@ -48,8 +48,8 @@ class PredictsVelocity(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, points: torch.Tensor, times: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        return points + (1 - times).view(-1, 1, 1, 1) * self.model(points, times, classes)
+    def forward(self, points: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        return points + (1 - timesteps).view(-1, 1, 1, 1) * self.model(points, timesteps, classes)
 
 
 def usual_positions(model: TinyDiT) -> TinyDiT:
@@ -60,19 +60,19 @@ def usual_positions(model: TinyDiT) -> TinyDiT:
     return model
 
 
-def uniform(count: int, dice: torch.Generator) -> torch.Tensor:
-    """Times anywhere on the path alike."""
-    return torch.rand(count, generator=dice)
+def uniform(count: int, rng: torch.Generator) -> torch.Tensor:
+    """Timesteps anywhere on the path alike."""
+    return torch.rand(count, generator=rng)
 
 
-def tenth_uniform(count: int, dice: torch.Generator) -> torch.Tensor:
-    """The product's times, but for one in ten, so that the end of the path is seen more often."""
-    evenly = torch.rand(count, generator=dice) < 0.1
-    return torch.where(evenly, uniform(count, dice), flow_matching.sample_times(count, dice))
+def tenth_uniform(count: int, rng: torch.Generator) -> torch.Tensor:
+    """The product's timesteps, but for one in ten, so that the end of the path is seen more often."""
+    evenly = torch.rand(count, generator=rng) < 0.1
+    return torch.where(evenly, uniform(count, rng), flow_matching.sample_timesteps(count, rng))
 
 
-LATE = functools.partial(flow_matching.sample_times, mean=-0.4)
-NARROW = functools.partial(flow_matching.sample_times, std=0.8)
+LATE = functools.partial(flow_matching.sample_timesteps, mean=-0.4)
+NARROW = functools.partial(flow_matching.sample_timesteps, std=0.8)
 
 
 def warmup_constant(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
@@ -85,63 +85,64 @@ VARIANTS: dict[str, dict] = {
     "velocity": {"wrap": PredictsVelocity},
     "constant rate": {"schedule": warmup_constant},
     "cosine": {"schedule": warmup_cosine},
-    "uniform": {"times": uniform},
-    "a tenth uniform": {"times": tenth_uniform},
+    "uniform": {"timesteps": uniform},
+    "a tenth uniform": {"timesteps": tenth_uniform},
     "usual positions": {"wrap": usual_positions},
     "usual beta2": {"beta2": 0.999},
     "usual both": {"wrap": usual_positions, "beta2": 0.999},
-    "narrow": {"times": NARROW},
-    "narrow, bound 0.5": {"times": NARROW, "bound": 0.5},
-    "narrow, bound 1": {"times": NARROW, "bound": 1.0},
-    "late": {"times": LATE},
-    "late, velocity": {"times": LATE, "wrap": PredictsVelocity},
-    "late, bound 0.2": {"times": LATE, "bound": 0.2},
-    "late, bound 0.5": {"times": LATE, "bound": 0.5},
-    "late, bound 1": {"times": LATE, "bound": 1.0},
+    "narrow": {"timesteps": NARROW},
+    "narrow, bound 0.5": {"timesteps": NARROW, "bound": 0.5},
+    "narrow, bound 1": {"timesteps": NARROW, "bound": 1.0},
+    "late": {"timesteps": LATE},
+    "late, velocity": {"timesteps": LATE, "wrap": PredictsVelocity},
+    "late, bound 0.2": {"timesteps": LATE, "bound": 0.2},
+    "late, bound 0.5": {"timesteps": LATE, "bound": 0.5},
+    "late, bound 1": {"timesteps": LATE, "bound": 1.0},
 }
 
 
 @torch.no_grad()
-def velocity_error(model: torch.nn.Module, pictures: torch.Tensor) -> float:
-    """The mean squared error of the velocity at times spread evenly over nine tenths of the path, with fixed noise."""
-    dice = torch.Generator().manual_seed(1)
-    noise = torch.randn(pictures.shape, generator=dice)
-    times = 0.9 * (torch.randperm(len(pictures), generator=dice) + 0.5) / len(pictures)
-    classes = torch.zeros(len(pictures), dtype=torch.int64)
-    parts = zip(*(whole.split(64) for whole in (noise, pictures, times, classes)), strict=True)
+def velocity_error(model: torch.nn.Module, images: torch.Tensor) -> float:
+    """The mean squared error of the velocity at timesteps spread evenly over nine tenths of the path,
+    with fixed noise."""
+    rng = torch.Generator().manual_seed(1)
+    noise = torch.randn(images.shape, generator=rng)
+    timesteps = 0.9 * (torch.randperm(len(images), generator=rng) + 0.5) / len(images)
+    classes = torch.zeros(len(images), dtype=torch.int64)
+    parts = zip(*(whole.split(64) for whole in (noise, images, timesteps, classes)), strict=True)
     losses = (len(part[0]) * flow_matching.flow_matching_loss(model, *part, min_time_left=0.0).item() for part in parts)
-    return sum(losses) / len(pictures)
+    return sum(losses) / len(images)
 
 
 def train(
     images: PackedImages,
     options: argparse.Namespace,
     wrap: Callable[[TinyDiT], torch.nn.Module] = lambda model: model,
-    times: Times = flow_matching.sample_times,
+    timesteps: Timesteps = flow_matching.sample_timesteps,
     schedule: Callable[..., LambdaLR] = warmup_stable_decay,
     bound: float = flow_matching.MIN_TIME_LEFT,
     beta2: float = generator.BETA2,
 ) -> torch.nn.Module:
-    """The moving average of a model trained on the pictures, as if they were of one class."""
+    """The EMA of a model trained on the images, as if they were of one class."""
     torch.manual_seed(options.seed)
     model = wrap(TinyDiT(1, options.image_size, options.patch_size, options.dim, options.depth, options.heads))
-    average = moving_average(model, 0.999)
+    ema = ema_model(model, 0.999)
     optimizer = adamw(model, options.lr, 0.0, beta2)
     rate = schedule(optimizer, options.steps // 10, options.steps)
     batches = TrainingBatches(
         images, options.batch_size, generator.training_transform(options.image_size), options.seed
     )
-    for pictures, labels in load_batches(batches, range(options.steps), 0, pin_memory=False):
-        targets = generator.to_unit(pictures)
-        noise, now = torch.randn_like(targets), times(len(targets), torch.default_generator)
+    for images, labels in load_batches(batches, range(options.steps), 0, pin_memory=False):
+        targets = generator.to_unit(images)
+        noise, now = torch.randn_like(targets), timesteps(len(targets), torch.default_generator)
         loss = flow_matching.flow_matching_loss(model, noise, targets, now, 0 * labels, min_time_left=bound)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         rate.step()
-        average.update_parameters(model)
-    return average
+        ema.update_parameters(model)
+    return ema
 
 
 def main() -> None:
@@ -163,18 +164,18 @@ def main() -> None:
 
     options.output.mkdir(parents=True, exist_ok=True)
     images = open_dataset(options.folder, options.image_size, options.folder.parent)
-    real, _ = held_out_pictures(images, options.image_size)
-    others = training_pictures(images, options.image_size)[: len(real)]
-    print(f"{'real pictures':58} distance {distances_in_words(pyramid_distances(others, real))}", flush=True)
+    real, _ = validation_images(images, options.image_size)
+    others = training_images(images, options.image_size)[: len(real)]
+    print(f"{'real images':58} distance {distances_in_words(pyramid_distances(others, real))}", flush=True)
     noise = generator.starting_noise(len(real), options.image_size, seed=0)
     for name in options.variants:
         began = time.perf_counter()
         model = train(images, options, **VARIANTS[name])
         seconds = time.perf_counter() - began
-        drawn = [
+        samples = [
             flow_matching.sample(model, part, torch.zeros(len(part), dtype=torch.int64), 1) for part in noise.split(64)
         ]
-        samples = torch.cat(drawn).clamp(-1, 1)
+        samples = torch.cat(samples).clamp(-1, 1)
         error, distances = velocity_error(model, real), pyramid_distances(samples, real)
         words = f"contrast {samples.std() / real.std():.2f}  distance {distances_in_words(distances)}"
         print(f"{name:20} {seconds:5.0f} s  error {error:.4f}  {words}", flush=True)

@@ -1,4 +1,4 @@
-"""How many pictures a second the loader prepares, against the plain torchvision pipeline, side by side.
+"""How many images a second the loader prepares, against the plain torchvision pipeline, side by side.
 
     python benchmarks/loader.py data/cats --num-workers 2
 
@@ -27,7 +27,7 @@ from tinycats.datasets import open_dataset
 
 
 def plain(folder: Path, image_size: int, batch_size: int, steps: int, workers: int) -> float:
-    """Pictures a second of ImageFolder + Pillow + torchvision.transforms."""
+    """Images a second of ImageFolder + Pillow + torchvision.transforms."""
     pipeline = transforms.Compose(
         [
             transforms.RandomResizedCrop(image_size, scale=classifier.CROP_SCALE),
@@ -36,13 +36,13 @@ def plain(folder: Path, image_size: int, batch_size: int, steps: int, workers: i
             transforms.Normalize(classifier.MEAN, classifier.STD),
         ]
     )
-    pictures = ImageFolder(str(folder), pipeline)
-    sampler = RandomSampler(pictures, replacement=True, num_samples=(steps + 1) * batch_size)
-    return rate(DataLoader(pictures, batch_size, sampler=sampler, num_workers=workers), batch_size, lambda batch: batch)
+    images = ImageFolder(str(folder), pipeline)
+    sampler = RandomSampler(images, replacement=True, num_samples=(steps + 1) * batch_size)
+    return rate(DataLoader(images, batch_size, sampler=sampler, num_workers=workers), batch_size, lambda batch: batch)
 
 
 def ours(folder: Path, image_size: int, batch_size: int, steps: int, workers: int) -> float:
-    """Pictures a second of the packed pictures, as src/train.py takes them."""
+    """Images a second of the packed images, as src/train.py takes them."""
     images = open_dataset(folder, classifier.stored_side(image_size), folder.parent)
     batches = TrainingBatches(images, batch_size, classifier.training_transform(image_size), seed=0)
     loader = load_batches(batches, range(steps + 1), workers, pin_memory=False)
@@ -50,13 +50,13 @@ def ours(folder: Path, image_size: int, batch_size: int, steps: int, workers: in
 
 
 def rate(loader: DataLoader, batch_size: int, finish: Callable[[torch.Tensor], torch.Tensor]) -> float:
-    """Pictures a second after the first batch, whose time is the workers' start."""
+    """Images a second after the first batch, whose time is the workers' start."""
     batches = iter(loader)
     finish(next(batches)[0])
     began, count = time.perf_counter(), 0
-    for pictures, _ in batches:
-        finish(pictures)
-        count += len(pictures)
+    for images, _ in batches:
+        finish(images)
+        count += len(images)
     return count / (time.perf_counter() - began)
 
 
@@ -72,14 +72,14 @@ def main() -> None:
     options = parser.parse_args()
     settings = (options.image_size, options.batch_size, options.steps, options.num_workers)
 
-    ours(options.folder, *settings)  # packs the pictures, once
+    ours(options.folder, *settings)  # packs the images, once
     rates: dict[str, list[float]] = {"plain": [], "ours": []}
     for _ in range(options.rounds):
         rates["plain"].append(plain(options.folder / "train", *settings))
         rates["ours"].append(ours(options.folder, *settings))
     for name, values in rates.items():
         low, middle, high = min(values), statistics.median(values), max(values)
-        print(f"{name:6} {middle:7.0f} pictures/s (min {low:.0f}, max {high:.0f})")
+        print(f"{name:6} {middle:7.0f} images/s (min {low:.0f}, max {high:.0f})")
     print(f"ratio  {statistics.median(rates['ours']) / statistics.median(rates['plain']):.1f}x")
 
 

@@ -1,9 +1,9 @@
-"""Fine-tune a ResNet to tell twelve breeds of cats, and what is no cat, apart.
+"""Fine-tune a ResNet to classify images: twelve breeds of cats, and "other".
 
     modal run src/train.py data/cats --epochs 20           on a rented GPU
     modal run --detach src/train.py --backbone resnet50    the same, and the run outlives this terminal
     python src/train.py data/cats --epochs 1               on this machine
-    python src/train.py --epochs 1                         on this machine, with drawn cats if there are no real ones
+    python src/train.py --epochs 1                         on this machine, on the toy cats if there are no others
     python src/train.py --resume RUN                       go on with a run that was interrupted
     python src/train.py --help                             every option
 
@@ -54,7 +54,7 @@ class ClassifierParser(command_line.Parser):
         )
         training = self.add_argument_group("training")
         self.add_optimization_options(training, batch_size=32, weight_decay=0.05)
-        training.add_argument("--epochs", type=whole_number(1), default=10, help="times through the pictures")
+        training.add_argument("--epochs", type=whole_number(1), default=10, help="times through the images")
         training.add_argument(
             "--warmup-epochs", type=number(at_least=0), default=0.5, help="how long the learning rate rises"
         )
@@ -106,18 +106,18 @@ def train_on_modal(payload: dict) -> dict:
 
 
 def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
-    """Train, from the saved state if there is one, and export the best epoch's weights.
+    """Train, from the saved checkpoint if there is one, and export the best epoch's weights.
 
     Returns:
         `run` (its name), `model` (the path of the finished model) and `metrics` (the best epoch's).
 
     Raises:
-        UserError: the data, an option or a state is of no use, the disk is full, training diverged.
-        Stopped: a stop signal came; the state is saved.
+        UserError: the data, an option or a checkpoint is of no use, the disk is full, training diverged.
+        Stopped: a stop signal came; the checkpoint is saved.
     """
-    folder, state = runs.starting_point(options, PARSER.prog)
-    if state:
-        options = command_line.resumed_options(options, state["options"])
+    folder, checkpoint = runs.starting_point(options, PARSER.prog)
+    if checkpoint:
+        options = command_line.resumed_options(options, checkpoint["options"])
 
     import torch
     from torch.nn.functional import cross_entropy
@@ -127,51 +127,51 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     from tinycats.batches import INITIALISATION, TrainingBatches, ValidationBatches, load_batches, seed_for
     from tinycats.optimization import adamw, all_finite, warmup_cosine
 
-    # Pictures: decoded once, and cut into the same batches whatever happens on the way.
-    images = machine.open_dataset(options.data_dir, classifier.stored_side(options.image_size), options.output_dir)
-    classes = images.classes
+    # Images: decoded once, and cut into the same batches whatever happens on the way.
+    dataset = machine.open_dataset(options.data_dir, classifier.stored_side(options.image_size), options.output_dir)
+    classes = dataset.classes
     if len(classes) < 2:
-        raise UserError(f"{options.data_dir} has a single class, {classes[0]!r}: there is nothing to tell apart")
-    if state and state["data"] != images.content:
-        raise UserError(f"{options.data_dir} does not hold the pictures that this run was trained on so far")
+        raise UserError(f"{options.data_dir} has a single class, {classes[0]!r}: a classifier needs at least two")
+    if checkpoint and checkpoint["data"] != dataset.content:
+        raise UserError(f"{options.data_dir} does not hold the images that this run was trained on so far")
     training_transform = classifier.training_transform(options.image_size)
     validation_transform = classifier.validation_transform(options.image_size)
-    batches = TrainingBatches(images, options.batch_size, training_transform, options.seed)
-    held_out = ValidationBatches(images, options.batch_size, validation_transform)
+    batches = TrainingBatches(dataset, options.batch_size, training_transform, options.seed)
+    validation_batches = ValidationBatches(dataset, options.batch_size, validation_transform)
     total_steps = options.epochs * batches.steps_per_epoch
 
     # Model, optimizer, learning rate.
     device = devices.choose(options.mixed_precision, expects_gpu=machine.expects_gpu)
     torch.manual_seed(seed_for(options.seed, INITIALISATION))
-    model = classifier.build(options.backbone, len(classes), pretrained=options.pretrained and not state)
+    model = classifier.build(options.backbone, len(classes), pretrained=options.pretrained and not checkpoint)
     model.to(device.device, memory_format=torch.channels_last)
     parallel_model = device.over_all_gpus(model)
     optimizer = adamw(model, options.lr, options.weight_decay)
     schedule = warmup_cosine(optimizer, round(options.warmup_epochs * batches.steps_per_epoch), total_steps)
 
-    # All that changes while training. Whatever is random is drawn anew from (seed, step) and is not among it.
+    # All that changes while training. Random numbers are derived from (seed, step) and are not part of it.
     step, epoch_loss, best, metrics = 0, torch.zeros((), device=device.device), None, []
-    if state:
-        step, best, metrics = state["step"], state["best"], state["metrics"]
-        epoch_loss += state["epoch_loss"].to(device.device)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        device.scaler.load_state_dict(state["scaler"])
+    if checkpoint:
+        step, best, metrics = checkpoint["step"], checkpoint["best"], checkpoint["metrics"]
+        epoch_loss += checkpoint["epoch_loss"].to(device.device)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        schedule.load_state_dict(checkpoint["schedule"])
+        device.scaler.load_state_dict(checkpoint["scaler"])
 
     def require_finite(loss: float) -> None:
         if not math.isfinite(loss):
             raise UserError(f"training diverged: the loss is {loss} at step {step}; a lower --lr may help")
 
-    def current_state() -> dict:
-        # A state is for going on from: one with infinities in it would only bury the last one that was sound.
+    def current_checkpoint() -> dict:
+        # A checkpoint is for going on from: one with infinities in it would only bury the last one that was sound.
         require_finite(epoch_loss.item())
         require_finite(0.0 if all_finite(model) else math.inf)
         return {
             "script": PARSER.prog,
             "options": command_line.saved_options(options),
             "submission": options.submission,
-            "data": images.content,
+            "data": dataset.content,
             "step": step,
             "epoch_loss": epoch_loss,
             "best": best,
@@ -186,27 +186,29 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
 
     @torch.inference_mode()
     def evaluate() -> dict | None:
-        """Loss and accuracies on the held-out pictures; None if the run was asked to stop."""
+        """Loss and accuracies on the validation images; None if the run was asked to stop."""
         model.eval()
         total_loss = torch.zeros((), device=device.device)
         confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device.device)
-        for pictures, labels in load_batches(held_out, range(len(held_out)), workers, pin_memory=device.is_gpu):
+        for images, labels in load_batches(
+            validation_batches, range(len(validation_batches)), workers, pin_memory=device.is_gpu
+        ):
             if stop.requested:
                 return None
             targets = device.put(labels)
             with device.autocast:
-                logits = parallel_model(classifier.normalise(device.put(pictures)))
+                logits = parallel_model(classifier.normalise(device.put(images)))
             total_loss += cross_entropy(logits.float(), targets, reduction="sum")
             confusion += classifier.confusion_matrix(logits, targets)
-        val_loss = total_loss.item() / len(held_out.indices)
+        val_loss = total_loss.item() / len(validation_batches.indices)
         return {"val_loss": val_loss, **classifier.accuracies(confusion.cpu(), classes)}
 
     with runs.open_run(folder, metrics, step, stop, machine, options.save_every) as run:
-        log.info("%s run %s at step %d of %d", "Resuming" if state else "Starting", folder.name, step, total_steps)
-        log.info("%d pictures to train on, %d to validate with", len(batches.indices), len(held_out.indices))
+        log.info("%s run %s at step %d of %d", "Resuming" if checkpoint else "Starting", folder.name, step, total_steps)
+        log.info("%d images to train on, %d to validate with", len(batches.indices), len(validation_batches.indices))
         log.info("%d classes: %s", len(classes), ", ".join(classes))
-        if not state:
-            run.save(current_state())  # from here on there is something to resume
+        if not checkpoint:
+            run.save(current_checkpoint())  # from here on there is something to resume
 
         loader = iter(load_batches(batches, range(step, total_steps), workers, pin_memory=device.is_gpu))
         bar = tqdm(total=total_steps, initial=step, unit="step", disable=None)
@@ -216,11 +218,11 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             model.train()
             while step < epoch * batches.steps_per_epoch:
                 asked = time.perf_counter()
-                pictures, labels = next(loader)
+                images, labels = next(loader)
                 waited += time.perf_counter() - asked
 
                 with device.autocast:
-                    logits = parallel_model(classifier.normalise(device.put(pictures)))
+                    logits = parallel_model(classifier.normalise(device.put(images)))
                 loss = cross_entropy(logits.float(), device.put(labels), label_smoothing=options.label_smoothing)
                 optimizer.zero_grad(set_to_none=True)
                 device.scaler.scale(loss).backward()
@@ -240,12 +242,12 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                     run.record({"step": step, "epoch": epoch, "loss": value, "lr": schedule.get_last_lr()[0]})
                     bar.set_postfix(loss=f"{value:.3f}")
                 if run.save_due:
-                    run.save(current_state())
+                    run.save(current_checkpoint())
 
             seconds = time.perf_counter() - began
             results = evaluate()
             if results is None:
-                run.save(current_state())  # leaves; this epoch is evaluated when the run goes on
+                run.save(current_checkpoint())  # leaves; this epoch is evaluated when the run goes on
             train_loss = epoch_loss.item() / batches.steps_per_epoch
             epoch_loss.zero_()
             require_finite(train_loss + results["val_loss"])
@@ -254,7 +256,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 f"Epoch {epoch}/{options.epochs} complete. Loss: {train_loss:.3f}, validation loss: "
                 f"{results['val_loss']:.3f}, accuracy: {results['val_accuracy']:.3f}, balanced: "
                 f"{results['balanced_accuracy']:.3f} | {(step - first_step) * batches.batch_size / seconds:.0f} "
-                f"pictures/s, {waited / seconds:.0%} of the time waiting for them"
+                f"images/s, {waited / seconds:.0%} of the time waiting for them"
             )
 
             # Balanced: most of data/cats is dogs, and whoever always says `other` is right most of the time.
@@ -262,7 +264,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             if best is None or rank > best["rank"]:
                 weights = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
                 best = {"rank": rank, "metrics": {"epoch": epoch, **results}, "state_dict": weights}
-            run.save(current_state())
+            run.save(current_checkpoint())
         bar.close()
 
         finished = options.output_dir / MODEL

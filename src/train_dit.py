@@ -1,9 +1,9 @@
-"""Train TinyDiT, a diffusion transformer, to draw cats of a class that it is told.
+"""Train TinyDiT, a class-conditional diffusion transformer, to sample images of cats.
 
     modal run src/train_dit.py --steps 200000                       on a rented GPU
     modal run --detach src/train_dit.py data/cats --gpu A100        the same, and the run outlives this terminal
     python src/train_dit.py data/cats --steps 100 --batch-size 8    on this machine
-    python src/train_dit.py --steps 300 --dim 192 --depth 4         on this machine, drawn cats if there are no others
+    python src/train_dit.py --steps 300 --dim 192 --depth 4         on this machine; the toy cats if there are no others
     python src/train_dit.py --resume RUN                            go on with a run that was interrupted
     python src/train_dit.py --help                                  every option
 
@@ -47,7 +47,7 @@ class GeneratorParser(command_line.Parser):
             "--image-size",
             type=whole_number(8, 1024),
             metavar="PIXELS",
-            help="side of the pictures (default: 128; for data/toy 64)",
+            help="side of the images (default: 128; for data/toy 64)",
         )
         model.add_argument(
             "--patch-size",
@@ -68,19 +68,19 @@ class GeneratorParser(command_line.Parser):
             help="how long the learning rate rises (default: 10000, but at most a twentieth of --steps)",
         )
         training.add_argument(
-            "--ema-beta", type=number(at_least=0, below=1), default=0.9999, help="of the weights' moving average"
+            "--ema-beta", type=number(at_least=0, below=1), default=0.9999, help="decay of the weights' EMA"
         )
-        drawing = self.add_argument_group("drawing")
-        drawing.add_argument(
-            "--sample-every", type=whole_number(1), default=5000, metavar="STEPS", help="draw a grid this often"
+        sampling = self.add_argument_group("sampling")
+        sampling.add_argument(
+            "--sample-every", type=whole_number(1), default=5000, metavar="STEPS", help="sample a grid this often"
         )
-        drawing.add_argument(
+        sampling.add_argument(
             "--sample-steps",
             type=whole_number(1),
             metavar="STEPS",
-            help="to draw a grid in: more are finer and slower (default: 50 on a GPU, 10 on a CPU)",
+            help="of a grid: more are finer and slower (default: 50 on a GPU, 10 on a CPU)",
         )
-        drawing.add_argument(
+        sampling.add_argument(
             "--cfg-scale", type=number(at_least=0), default=2.0, help="guidance; 1: none, more: more of its class"
         )
 
@@ -130,18 +130,18 @@ def train_on_modal(payload: dict) -> dict:
 
 
 def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
-    """Train, from the saved state if there is one, and export the weights' moving average.
+    """Train, from the saved checkpoint if there is one, and export the EMA of the weights.
 
     Returns:
         `run` (its name), `model` (the path of the finished model) and `metrics` (the last ones).
 
     Raises:
-        UserError: the data, an option or a state is of no use, the disk is full, training diverged.
-        Stopped: a stop signal came; the state is saved.
+        UserError: the data, an option or a checkpoint is of no use, the disk is full, training diverged.
+        Stopped: a stop signal came; the checkpoint is saved.
     """
-    folder, state = runs.starting_point(options, PARSER.prog)
-    if state:
-        options = command_line.resumed_options(options, state["options"])
+    folder, checkpoint = runs.starting_point(options, PARSER.prog)
+    if checkpoint:
+        options = command_line.resumed_options(options, checkpoint["options"])
 
     import torch
     from tqdm import tqdm
@@ -158,38 +158,40 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         seed_for,
     )
     from tinycats.dit import TinyDiT
-    from tinycats.ema import moving_average
-    from tinycats.flow_matching import drop_classes, flow_matching_loss, sample_times
+    from tinycats.ema import ema_model
+    from tinycats.flow_matching import drop_classes, flow_matching_loss, sample_timesteps
     from tinycats.optimization import adamw, all_finite, warmup_stable_decay
 
-    # Pictures: decoded once, and cut into the same batches whatever happens on the way.
-    images = machine.open_dataset(options.data_dir, options.image_size, options.output_dir)
-    if state and state["data"] != images.content:
-        raise UserError(f"{options.data_dir} does not hold the pictures that this run was trained on so far")
+    # Images: decoded once, and cut into the same batches whatever happens on the way.
+    dataset = machine.open_dataset(options.data_dir, options.image_size, options.output_dir)
+    if checkpoint and checkpoint["data"] != dataset.content:
+        raise UserError(f"{options.data_dir} does not hold the images that this run was trained on so far")
     batches = TrainingBatches(
-        images, options.batch_size, generator.training_transform(options.image_size), options.seed
+        dataset, options.batch_size, generator.training_transform(options.image_size), options.seed
     )
-    held_out = ValidationBatches(images, options.batch_size, generator.validation_transform(options.image_size))
+    validation_batches = ValidationBatches(
+        dataset, options.batch_size, generator.validation_transform(options.image_size)
+    )
 
-    # Model, moving average, optimizer, learning rate.
+    # Model, EMA, optimizer, learning rate.
     device = devices.choose(options.mixed_precision, expects_gpu=machine.expects_gpu)
     torch.manual_seed(seed_for(options.seed, INITIALISATION))
     shape = {name: getattr(options, name) for name in SHAPE}
-    model = TinyDiT(len(images.classes), **shape).to(device.device)
+    model = TinyDiT(len(dataset.classes), **shape).to(device.device)
     parallel_model = device.over_all_gpus(model)
-    average = moving_average(model, options.ema_beta)
+    ema = ema_model(model, options.ema_beta)
     optimizer = adamw(model, options.lr, options.weight_decay, generator.BETA2)
     schedule = warmup_stable_decay(optimizer, options.warmup_steps, options.steps)
 
-    # All that changes while training. Whatever is random is drawn anew from (seed, step) and is not among it.
+    # All that changes while training. Random numbers are derived from (seed, step) and are not part of it.
     step, metrics = 0, []
-    if state:
-        step, metrics = state["step"], state["metrics"]
-        model.load_state_dict(state["model"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        device.scaler.load_state_dict(state["scaler"])
+    if checkpoint:
+        step, metrics = checkpoint["step"], checkpoint["metrics"]
+        model.load_state_dict(checkpoint["model"])
+        ema.load_state_dict(checkpoint["average"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        schedule.load_state_dict(checkpoint["schedule"])
+        device.scaler.load_state_dict(checkpoint["scaler"])
 
     def require_sound(loss: float) -> None:
         if not math.isfinite(loss):
@@ -197,18 +199,18 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         if loss == 0:
             raise UserError(f"the loss is exactly 0 at step {step}: nothing is being learned from this data")
 
-    def current_state() -> dict:
+    def current_checkpoint() -> dict:
         if not all_finite(model):
             require_sound(math.inf)
         return {
             "script": PARSER.prog,
             "options": command_line.saved_options(options),
             "submission": options.submission,
-            "data": images.content,
+            "data": dataset.content,
             "step": step,
             "metrics": metrics,
             "model": model.state_dict(),
-            "average": average.state_dict(),
+            "average": ema.state_dict(),
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
             "scaler": device.scaler.state_dict(),
@@ -218,28 +220,30 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     sample_steps = options.sample_steps or (50 if device.is_gpu else 10)
 
     @torch.no_grad()
-    def held_out_loss() -> float:
-        """The moving average's loss on the held-out pictures, with the same noise and times each time."""
+    def validation_loss() -> float:
+        """The EMA's loss on the validation images, with the same noise and timesteps each time."""
         total = torch.zeros((), device=device.device)
-        for index, (pictures, labels) in enumerate(
-            load_batches(held_out, range(len(held_out)), workers, pin_memory=device.is_gpu)
+        for index, (images, labels) in enumerate(
+            load_batches(validation_batches, range(len(validation_batches)), workers, pin_memory=device.is_gpu)
         ):
-            dice = torch.Generator().manual_seed(seed_for(options.seed, VALIDATION, index))
-            targets = generator.to_unit(device.put(pictures))
-            noise = device.put(torch.randn(pictures.shape, generator=dice))
-            times = device.put(sample_times(len(pictures), dice))
+            rng = torch.Generator().manual_seed(seed_for(options.seed, VALIDATION, index))
+            targets = generator.to_unit(device.put(images))
+            noise = device.put(torch.randn(images.shape, generator=rng))
+            timesteps = device.put(sample_timesteps(len(images), rng))
             with device.autocast:
-                total += len(pictures) * flow_matching_loss(average, noise, targets, times, device.put(labels))
-        return total.item() / len(held_out.indices)
+                total += len(images) * flow_matching_loss(ema, noise, targets, timesteps, device.put(labels))
+        return total.item() / len(validation_batches.indices)
 
     with runs.open_run(folder, metrics, step, stop, machine, options.save_every) as run:
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        log.info("%s run %s at step %d of %d", "Resuming" if state else "Starting", folder.name, step, options.steps)
-        log.info("%d pictures to train on, %d to validate with", len(batches.indices), len(held_out.indices))
-        log.info("%d classes: %s", len(images.classes), ", ".join(images.classes))
+        log.info(
+            "%s run %s at step %d of %d", "Resuming" if checkpoint else "Starting", folder.name, step, options.steps
+        )
+        log.info("%d images to train on, %d to validate with", len(batches.indices), len(validation_batches.indices))
+        log.info("%d classes: %s", len(dataset.classes), ", ".join(dataset.classes))
         log.info("TinyDiT with %.1f million parameters, %d patches", parameters / 1e6, model.position.shape[0])
-        if not state:
-            run.save(current_state())  # from here on there is something to resume
+        if not checkpoint:
+            run.save(current_checkpoint())  # from here on there is something to resume
 
         loader = iter(load_batches(batches, range(step, options.steps), workers, pin_memory=device.is_gpu))
         bar = tqdm(total=options.steps, initial=step, unit="step", disable=None)
@@ -247,19 +251,19 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         model.train()
         while step < options.steps:
             asked = time.perf_counter()
-            pictures, labels = next(loader)
+            images, labels = next(loader)
             waited += time.perf_counter() - asked
 
-            # The path of each picture: where it starts, how far along it we look, whether its class is told.
-            dice = torch.Generator().manual_seed(seed_for(options.seed, PATH, step))
-            times = device.put(sample_times(len(pictures), dice))
-            classes = device.put(drop_classes(labels, model.null_class, CLASS_DROPOUT, dice))
-            targets = generator.to_unit(device.put(pictures))
-            noise_dice = torch.Generator(device.device).manual_seed(seed_for(options.seed, NOISE, step))
-            noise = torch.randn(targets.shape, generator=noise_dice, device=device.device)
+            # The path of each image: where it starts, how far along it we look, whether its class is told.
+            rng = torch.Generator().manual_seed(seed_for(options.seed, PATH, step))
+            timesteps = device.put(sample_timesteps(len(images), rng))
+            classes = device.put(drop_classes(labels, model.null_class, CLASS_DROPOUT, rng))
+            targets = generator.to_unit(device.put(images))
+            noise_rng = torch.Generator(device.device).manual_seed(seed_for(options.seed, NOISE, step))
+            noise = torch.randn(targets.shape, generator=noise_rng, device=device.device)
 
             with device.autocast:
-                loss = flow_matching_loss(parallel_model, noise, targets, times, classes)
+                loss = flow_matching_loss(parallel_model, noise, targets, timesteps, classes)
             optimizer.zero_grad(set_to_none=True)
             device.scaler.scale(loss).backward()
             if options.gradient_clip:
@@ -268,7 +272,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             device.scaler.step(optimizer)
             device.scaler.update()
             schedule.step()
-            average.update_parameters(model)
+            ema.update_parameters(model)
             step += 1
 
             bar.update()
@@ -280,30 +284,30 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 bar.set_postfix(loss=f"{value:.3f}")
                 log.info(
                     f"Step {step}/{options.steps}. Loss: {value:.4f} | {(step - first_step) / seconds:.2f} steps/s, "
-                    f"{waited / seconds:.0%} of the time waiting for pictures"
+                    f"{waited / seconds:.0%} of the time waiting for images"
                 )
                 began, first_step, waited = time.perf_counter(), step, 0.0
             if step % options.sample_every == 0 or step == options.steps:
-                value = held_out_loss()
+                value = validation_loss()
                 require_sound(value)
                 run.record({"step": step, "val_loss": value})
                 with device.autocast:
                     grid = generator.sample_grid(
-                        average, len(images.classes), options.image_size, options.cfg_scale, sample_steps
+                        ema, len(dataset.classes), options.image_size, options.cfg_scale, sample_steps
                     )
-                run.picture("samples", grid, step)
-                log.info(f"Step {step}/{options.steps}. Held-out loss: {value:.4f}; samples/step_{step:07}.png")
+                run.image("samples", grid, step)
+                log.info(f"Step {step}/{options.steps}. Validation loss: {value:.4f}; samples/step_{step:07}.png")
                 began, first_step, waited = time.perf_counter(), step, 0.0
             if run.save_due or step == options.steps:
-                run.save(current_state())
+                run.save(current_checkpoint())
         bar.close()
 
         finished = options.output_dir / MODEL
         last = metrics[-1]
         for path in (folder / MODEL, finished):
-            generator.export(path, average.module.state_dict(), shape, images.classes, options.cfg_scale, last)
+            generator.export(path, ema.module.state_dict(), shape, dataset.classes, options.cfg_scale, last)
         machine.persist()
-        log.info(f"Done. Held-out loss {last['val_loss']:.4f}. Model: {machine.how_to_fetch(finished)}")
+        log.info(f"Done. Validation loss {last['val_loss']:.4f}. Model: {machine.how_to_fetch(finished)}")
     return {"run": folder.name, "model": str(finished), "metrics": last}
 
 

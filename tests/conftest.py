@@ -23,7 +23,7 @@ SMALL = ("--image-size", "32", "--batch-size", "8", "--lr", "1e-3", "--no-pretra
 
 @pytest.fixture(scope="session")
 def small_toy(tmp_path_factory) -> Path:
-    """A toy data set of 80 + 20 pictures: `<somewhere>/small_toy`."""
+    """A toy data set of 80 + 20 images: `<somewhere>/small_toy`."""
     folder = tmp_path_factory.mktemp("data") / "small_toy"
     draw_toy_cats(folder, seed=1, images={"train": 16, "val": 4})
     return folder

@@ -47,7 +47,7 @@ def test_another_seed_makes_other_batches(images):
     assert not equal(loaded(batches_of(images, seed=1), range(1)), loaded(batches_of(images), range(1)))
 
 
-def test_an_epoch_shows_no_picture_twice_and_the_next_shuffles_anew(images):
+def test_an_epoch_shows_no_image_twice_and_the_next_shuffles_anew(images):
     batches = TrainingBatches(images, 16, validation_transform(32), seed=0)
     assert batches.steps_per_epoch == 5
     epochs = [torch.cat([loaded(batches, [step])[0][0] for step in range(first, first + 5)]) for first in (0, 5)]
@@ -64,13 +64,13 @@ def test_what_is_left_over_at_an_epochs_end_sits_out_by_turns(images):
 def test_a_batch_larger_than_the_data_is_all_of_it(images):
     batches = batches_of(images, batch_size=10_000)
     assert batches.steps_per_epoch == 1
-    (pictures, labels), _ = loaded(batches, range(2))
-    assert pictures.shape == (80, 3, 32, 32)
-    assert pictures.dtype == torch.uint8
+    (images, labels), _ = loaded(batches, range(2))
+    assert images.shape == (80, 3, 32, 32)
+    assert images.dtype == torch.uint8
     assert labels.bincount().tolist() == [16] * 5
 
 
-def test_validation_shows_every_held_out_picture_once_and_never_a_training_one(images):
+def test_validation_shows_every_held_out_image_once_and_never_a_training_one(images):
     batches = ValidationBatches(images, 8, validation_transform(32))
     assert sum(len(labels) for _, labels in loaded(batches, range(len(batches)))) == 20
     assert not set(batches.indices) & set(batches_of(images).indices)

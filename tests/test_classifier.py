@@ -29,15 +29,15 @@ def test_the_confusion_matrix_counts_labels_by_rows_and_answers_by_columns():
 
 
 def test_validation_shows_the_middle_and_training_a_part_and_both_in_bytes():
-    picture = torch.randint(0, 256, (3, 73, 90), dtype=torch.uint8)
-    middle = classifier.validation_transform(64)(picture)
-    assert torch.equal(middle, picture[:, 4:68, 13:77])
-    part = classifier.training_transform(64)(picture)
+    image = torch.randint(0, 256, (3, 73, 90), dtype=torch.uint8)
+    middle = classifier.validation_transform(64)(image)
+    assert torch.equal(middle, image[:, 4:68, 13:77])
+    part = classifier.training_transform(64)(image)
     assert part.shape == (3, 64, 64)
     assert part.dtype == torch.uint8
 
 
-def test_normalised_pictures_have_imagenets_mean_and_deviation():
+def test_normalised_images_have_imagenets_mean_and_deviation():
     white = classifier.normalise(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
     expected = [(1 - mean) / std for mean, std in zip(classifier.MEAN, classifier.STD, strict=True)]
     assert white[0, :, 0, 0].tolist() == pytest.approx(expected)
@@ -61,8 +61,8 @@ def test_an_exported_classifier_predicts_what_the_trained_one_did(tmp_path):
     assert sum(probabilities.values()) == pytest.approx(1)
     with torch.inference_mode():
         small = classifier.decode(tmp_path / "photo.png", classifier.stored_side(64))
-        picture = classifier.validation_transform(64)(torch.from_numpy(small).permute(2, 0, 1))
-        expected = model(classifier.normalise(picture[None])).softmax(1)
+        image = classifier.validation_transform(64)(torch.from_numpy(small).permute(2, 0, 1))
+        expected = model(classifier.normalise(image[None])).softmax(1)
     assert list(probabilities.values()) == pytest.approx(expected[0].tolist(), abs=1e-6)
     assert loaded.metrics == {"val_accuracy": 0.9}
 

@@ -1,38 +1,38 @@
-"""The moving average of the weights."""
+"""The EMA of the weights."""
 
 import pytest
 import torch
 
-from tinycats.ema import moving_average
+from tinycats.ema import ema_model
 
 
 def test_its_decay_is_warmed_up_so_that_a_short_run_is_not_noise():
     model = torch.nn.Linear(1, 1, bias=False)
-    average = moving_average(model, beta=0.9999)
+    ema = ema_model(model, beta=0.9999)
     with torch.no_grad():
         model.weight.fill_(0.0)
-        average.update_parameters(model)  # the first update copies
+        ema.update_parameters(model)  # the first update copies
         model.weight.fill_(1.0)
         for _ in range(200):
-            average.update_parameters(model)
-    assert average.module.weight.item() > 0.99, "with 0.9999 from the beginning it would be 0.02"
+            ema.update_parameters(model)
+    assert ema.module.weight.item() > 0.99, "with 0.9999 from the beginning it would be 0.02"
 
 
 def test_in_the_long_run_its_decay_is_beta():
     model = torch.nn.Linear(1, 1, bias=False)
-    average = moving_average(model, beta=0.5)
+    ema = ema_model(model, beta=0.5)
     with torch.no_grad():
         model.weight.fill_(0.0)
         for _ in range(100):
-            average.update_parameters(model)
+            ema.update_parameters(model)
         model.weight.fill_(1.0)
-        average.update_parameters(model)
-    assert average.module.weight.item() == pytest.approx(0.5)
+        ema.update_parameters(model)
+    assert ema.module.weight.item() == pytest.approx(0.5)
 
 
 def test_it_is_restored_with_its_count():
     model = torch.nn.Linear(2, 2)
-    one, other = moving_average(model, 0.99), moving_average(model, 0.99)
+    one, other = ema_model(model, 0.99), ema_model(model, 0.99)
     for _ in range(5):
         one.update_parameters(model)
     other.load_state_dict(one.state_dict())

@@ -10,16 +10,16 @@ from tinycats.flow_matching import (
     implied_velocity,
     point_on_path,
     sample,
-    sample_times,
+    sample_timesteps,
 )
 
 
 def test_the_velocity_is_the_derivative_of_the_path():
-    noise, images, times = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0.0, 0.3, 0.6, 0.9])
+    noise, images, timesteps = torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8), torch.tensor([0.0, 0.3, 0.6, 0.9])
     points, derivative = torch.func.jvp(
-        lambda now: point_on_path(noise, images, now), (times,), (torch.ones_like(times),)
+        lambda now: point_on_path(noise, images, now), (timesteps,), (torch.ones_like(timesteps),)
     )
-    assert torch.allclose(implied_velocity(points, images, times), derivative, atol=1e-4)
+    assert torch.allclose(implied_velocity(points, images, timesteps), derivative, atol=1e-4)
 
 
 def test_the_path_leads_from_noise_to_image():
@@ -29,13 +29,13 @@ def test_the_path_leads_from_noise_to_image():
 
 
 def test_the_loss_is_the_mean_square_of_the_velocitys_error():
-    noise, images, times = torch.randn(6, 5), torch.randn(6, 5), 0.9 * torch.rand(6)
+    noise, images, timesteps = torch.randn(6, 5), torch.randn(6, 5), 0.9 * torch.rand(6)
     classes = torch.zeros(6, dtype=torch.int64)
-    points = point_on_path(noise, images, times)
-    errors = implied_velocity(points, torch.zeros(6, 5), times) - implied_velocity(points, images, times)
-    loss = flow_matching_loss(lambda x, t, y: torch.zeros_like(x), noise, images, times, classes)
+    points = point_on_path(noise, images, timesteps)
+    errors = implied_velocity(points, torch.zeros(6, 5), timesteps) - implied_velocity(points, images, timesteps)
+    loss = flow_matching_loss(lambda x, t, y: torch.zeros_like(x), noise, images, timesteps, classes)
     assert loss == pytest.approx(errors.square().mean().item(), rel=1e-4)
-    assert flow_matching_loss(lambda x, t, y: images, noise, images, times, classes) == 0
+    assert flow_matching_loss(lambda x, t, y: images, noise, images, timesteps, classes) == 0
 
 
 def test_the_loss_of_images_against_themselves_cannot_happen():
@@ -46,9 +46,9 @@ def test_the_loss_of_images_against_themselves_cannot_happen():
 
 
 def test_times_lie_within_the_path_and_come_from_the_generator():
-    times = sample_times(10_000, torch.Generator().manual_seed(0))
-    assert times.min() > 0 and times.max() < 1
-    assert torch.equal(times, sample_times(10_000, torch.Generator().manual_seed(0)))
+    timesteps = sample_timesteps(10_000, torch.Generator().manual_seed(0))
+    assert timesteps.min() > 0 and timesteps.max() < 1
+    assert torch.equal(timesteps, sample_timesteps(10_000, torch.Generator().manual_seed(0)))
 
 
 def test_a_tenth_of_the_classes_is_dropped():
@@ -61,32 +61,32 @@ def test_a_tenth_of_the_classes_is_dropped():
 class ByClass(nn.Module):
     """Predicts an image that depends on the class alone."""
 
-    def forward(self, points: torch.Tensor, times: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    def forward(self, points: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         return classes.float().view(-1, 1).expand_as(points)
 
 
 def test_guidance_of_one_is_none_zero_is_the_null_class_and_more_exaggerates():
     noise, classes = torch.randn(5, 2), torch.full((5,), 2)
-    drawn = {scale: sample(ByClass(), noise, classes, 10, steps=20, guidance_scale=scale) for scale in (0, 1, 1.5)}
-    assert torch.allclose(drawn[1], torch.full((5, 2), 2.0), atol=1e-4)
-    assert torch.allclose(drawn[0], sample(ByClass(), noise, torch.full((5,), 10), 10, steps=20), atol=1e-4)
-    assert torch.allclose(drawn[1.5], torch.full((5, 2), 10 + 1.5 * (2 - 10)), atol=1e-3)
+    samples = {scale: sample(ByClass(), noise, classes, 10, steps=20, guidance_scale=scale) for scale in (0, 1, 1.5)}
+    assert torch.allclose(samples[1], torch.full((5, 2), 2.0), atol=1e-4)
+    assert torch.allclose(samples[0], sample(ByClass(), noise, torch.full((5,), 10), 10, steps=20), atol=1e-4)
+    assert torch.allclose(samples[1.5], torch.full((5, 2), 10 + 1.5 * (2 - 10)), atol=1e-3)
 
 
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
 def test_twice_the_steps_halve_eulers_error_and_quarter_heuns(method, order):
     """Where the data are normal, the best prediction and where the path leads are known: noise z to 3 + 0.5 z."""
 
-    def best_prediction(points: torch.Tensor, times: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        t = times.view(-1, 1)
+    def best_prediction(points: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        t = timesteps.view(-1, 1)
         variance = (1 - t) ** 2 + (0.5 * t) ** 2
         return 3 + 0.25 * t / variance * (points - 3 * t)
 
     noise, classes = torch.randn(50, 1, dtype=torch.float64), torch.zeros(50, dtype=torch.int64)
 
     def error(steps: int) -> float:
-        drawn = sample(best_prediction, noise, classes, 1, steps=steps, method=method)
-        return (drawn - (3 + 0.5 * noise)).abs().mean().item()
+        samples = sample(best_prediction, noise, classes, 1, steps=steps, method=method)
+        return (samples - (3 + 0.5 * noise)).abs().mean().item()
 
     assert error(80) < 0.02
     assert error(80) / error(160) == pytest.approx(2**order, rel=0.25)
@@ -109,8 +109,8 @@ class Perceptron(nn.Module):
             nn.Linear(128, 2),
         )
 
-    def forward(self, points: torch.Tensor, times: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        angles = times[:, None] * self.frequencies
+    def forward(self, points: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        angles = timesteps[:, None] * self.frequencies
         return self.net(torch.cat([points, angles.cos(), angles.sin(), self.embedding(classes)], dim=1))
 
 
@@ -125,8 +125,8 @@ def test_on_two_gaussians_what_is_learned_lands_on_the_data_and_the_null_class_o
     for _ in range(2500):
         classes = torch.randint(0, 2, (256,), generator=generator)
         data = centres[classes] + deviation * torch.randn(256, 2, generator=generator)
-        noise, times = torch.randn(256, 2, generator=generator), sample_times(256, generator)
-        loss = flow_matching_loss(model, noise, data, times, drop_classes(classes, 2, 0.1, generator))
+        noise, timesteps = torch.randn(256, 2, generator=generator), sample_timesteps(256, generator)
+        loss = flow_matching_loss(model, noise, data, timesteps, drop_classes(classes, 2, 0.1, generator))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -134,11 +134,11 @@ def test_on_two_gaussians_what_is_learned_lands_on_the_data_and_the_null_class_o
 
     noise = torch.randn(2000, 2, generator=generator)
     for name in (0, 1):
-        drawn = sample(model, noise, torch.full((2000,), name), 2)
-        assert torch.allclose(drawn.mean(0), centres[name], atol=deviation / 2)
-        away = (drawn - centres[name]).norm(dim=1)
+        samples = sample(model, noise, torch.full((2000,), name), 2)
+        assert torch.allclose(samples.mean(0), centres[name], atol=deviation / 2)
+        away = (samples - centres[name]).norm(dim=1)
         assert (away < 3 * deviation).float().mean() > 0.97
-        assert ((drawn.std(0) > 0.6 * deviation) & (drawn.std(0) < 1.2 * deviation)).all(), drawn.std(0)
+        assert ((samples.std(0) > 0.6 * deviation) & (samples.std(0) < 1.2 * deviation)).all(), samples.std(0)
     without = sample(model, noise, torch.full((2000,), 0), 2, guidance_scale=0)
     nearest = torch.cdist(without, centres)
     assert (nearest.min(1).values < 3 * deviation).float().mean() > 0.9

@@ -1,4 +1,4 @@
-"""The generator's pictures and its file."""
+"""The generator's images and its file."""
 
 import pytest
 import torch
@@ -28,20 +28,20 @@ def test_bytes_become_numbers_from_minus_one_to_one_and_come_back():
     assert torch.equal(generator.to_bytes(generator.to_unit(images)), images)
 
 
-def test_the_same_seed_draws_the_same_pictures_in_batches_of_any_size(exported):
+def test_the_same_seed_samples_the_same_images_in_batches_of_any_size(exported):
     loaded = generator.load(exported)
     names = ["black", "tabby", "tabby", "black", "black"]
-    together = loaded.draw(names, seed=3, batch_size=5, steps=5)
+    together = loaded.sample(names, seed=3, batch_size=5, steps=5)
     assert together.shape == (5, 3, 16, 16)
-    alone = loaded.draw(names, seed=3, batch_size=1, steps=5)
+    alone = loaded.sample(names, seed=3, batch_size=1, steps=5)
     assert (together.int() - alone.int()).abs().max() <= 1
-    assert not torch.equal(together, loaded.draw(names, seed=4, steps=5))
+    assert not torch.equal(together, loaded.sample(names, seed=4, steps=5))
     assert torch.equal(generator.starting_noise(2, 8, 1), generator.starting_noise(5, 8, 1)[:2])
 
 
 def test_a_class_that_it_does_not_know_is_named(exported):
     with pytest.raises(UserError, match="no class 'lion'; there are black, tabby"):
-        generator.load(exported).draw(["lion"])
+        generator.load(exported).sample(["lion"])
 
 
 def test_another_models_file_is_refused(tmp_path):

@@ -1,4 +1,4 @@
-"""Which pictures of a folder belong to the data set, and which are held out."""
+"""Which images of a folder belong to the data set, and which are held out."""
 
 import unicodedata
 from pathlib import Path
@@ -39,7 +39,7 @@ def test_a_fifth_of_each_class_is_held_out_and_always_the_same(tmp_path):
     assert sum(path.startswith("a/") for path in one) == sum(path.startswith("b/") for path in one) == 4
 
 
-def test_a_new_picture_does_not_reshuffle_the_others(tmp_path):
+def test_a_new_image_does_not_reshuffle_the_others(tmp_path):
     names = [f"a/{number}.jpg" for number in range(20)]
     before = held_out(fill(tmp_path, *names))
     after = held_out(fill(tmp_path, "a/new.jpg"))
@@ -53,7 +53,7 @@ def test_composed_and_decomposed_names_are_held_out_alike(tmp_path):
     assert composed == {unicodedata.normalize("NFC", path) for path in decomposed}
 
 
-def test_what_is_no_picture_is_passed_over(tmp_path):
+def test_what_is_no_image_is_passed_over(tmp_path):
     folder = scan(
         fill(tmp_path, "a/1.jpg", "a/2.jpg", "a/notes.txt", "a/Thumbs.db", "a/._1.jpg", ".git/x.jpg", "a/deep/3.jpg")
     )
@@ -63,9 +63,9 @@ def test_what_is_no_picture_is_passed_over(tmp_path):
 @pytest.mark.parametrize(
     ("paths", "message"),
     [
-        (["a/1.jpg", "a/2.jpg", "b/readme.txt"], "b has no pictures"),
+        (["a/1.jpg", "a/2.jpg", "b/readme.txt"], "b has no images"),
         (["train/a/1.jpg", "val/a/1.jpg", "val/b/1.jpg"], "'b' is in val/ but not in train/"),
-        (["a/1.jpg", "a/2.jpg", "b/1.jpg"], "'b' has one picture"),
+        (["a/1.jpg", "a/2.jpg", "b/1.jpg"], "'b' has one image"),
         (["1.jpg", "2.jpg"], "has no class folders"),
     ],
 )

@@ -42,7 +42,7 @@ def test_only_a_modal_run_of_this_very_script_is_parsed_at_import(command, argum
         ("data/../secrets", None),
         ("data", None),
         ("/home/me/cats", None),
-        ("pictures", None),
+        ("images", None),
     ],
 )
 def test_a_path_below_data_is_the_same_path_in_the_dataset_volume(data_dir, in_container):
@@ -88,7 +88,7 @@ def modal_run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
         (["--timeout", "25"], "--timeout: 25 is out of range: above 0 and at most 24"),
         (["--output-dir", "/tmp"], "on Modal it is outputs"),
         (["--resume", "runs/r/state.pt"], "on Modal it is a run's name"),
-        (["pictures"], "pictures is not there"),
+        (["images"], "images is not there"),
         (["--detach"], "unrecognized arguments: --detach"),
     ],
 )

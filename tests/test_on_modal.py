@@ -119,8 +119,8 @@ def test_by_default_it_asks_for_one_t4(modal_cloud, tmp_path):
 def weights_of_imagenet(cloud: ModalCloud, tmp_path: Path) -> None:
     """Random weights where torchvision looks for ImageNet's: no test downloads any."""
     torch.manual_seed(0)
-    state = classifier.build("resnet18", 1000, pretrained=False).state_dict()
-    torch.save(state, tmp_path / "resnet18-f37072fd.pth")
+    checkpoint = classifier.build("resnet18", 1000, pretrained=False).state_dict()
+    torch.save(checkpoint, tmp_path / "resnet18-f37072fd.pth")
     for command in (
         ("modal", "volume", "create", "cats-dataset"),
         ("modal", "volume", "put", "cats-dataset", "resnet18-f37072fd.pth", "/torch/hub/checkpoints/"),
@@ -168,7 +168,7 @@ def test_a_download_cut_in_the_middle_is_retried_and_not_taken_for_whole(modal_c
 def test_a_local_folder_is_uploaded_once_and_not_again(modal_cloud, small_folder, tmp_path):
     first = train(modal_cloud, small_folder, tmp_path, "--epochs", "1", name="one")
     assert first.status == 0, first.output
-    assert "Uploading 100 pictures" in first.stdout
+    assert "Uploading 100 images" in first.stdout
     (uploaded,) = (modal_cloud.volume("cats-dataset").files / "uploads").glob("my cats-????????????")
     assert len(list(uploaded.rglob("*.png"))) == 100
 
@@ -245,10 +245,10 @@ def test_a_detached_run_is_watched_and_stopped_by_its_apps_id(modal_cloud, small
 
 
 def test_an_uploaded_folder_can_be_forgotten(modal_cloud, tmp_path):
-    (tmp_path / "picture.png").write_bytes(b"")
+    (tmp_path / "image.png").write_bytes(b"")
     modal_cloud.run("modal", "volume", "create", "cats-dataset", cwd=tmp_path)
-    modal_cloud.run("modal", "volume", "put", "cats-dataset", "picture.png", "/mine/a/picture.png", cwd=tmp_path)
-    assert (modal_cloud.volume("cats-dataset").files / "mine" / "a" / "picture.png").exists()
+    modal_cloud.run("modal", "volume", "put", "cats-dataset", "image.png", "/mine/a/image.png", cwd=tmp_path)
+    assert (modal_cloud.volume("cats-dataset").files / "mine" / "a" / "image.png").exists()
     removed = modal_cloud.run("modal", "volume", "rm", "--recursive", "cats-dataset", "mine", cwd=tmp_path)
     assert removed.status == 0, removed.output
     assert list(modal_cloud.volume("cats-dataset").files.iterdir()) == []
@@ -327,7 +327,7 @@ def test_while_commits_fail_the_run_waits_and_goes_on(modal_cloud, small_folder,
 def test_a_control_plane_that_is_gone_for_twenty_seconds_costs_nothing(
     modal_cloud, small_folder, tmp_path, undisturbed
 ):
-    process = run_until(modal_cloud, tmp_path, "pictures to train on", *small_run(small_folder))
+    process = run_until(modal_cloud, tmp_path, "images to train on", *small_run(small_folder))
     modal_cloud.be_unavailable(seconds=20)
     output, errors = process.communicate(timeout=600)
     modal_cloud.wait()
@@ -345,7 +345,7 @@ def test_detached_it_outlives_its_laptop_even_when_it_is_preempted_then(
     """
     modal_cloud.fail(1, Fault("timeout", after_commits=2))
     modal_cloud.fail(2, Fault("preempt", after_commits=2))
-    process = run_until(modal_cloud, tmp_path, "pictures to train on", *small_run(small_folder, "--detach"))
+    process = run_until(modal_cloud, tmp_path, "images to train on", *small_run(small_folder, "--detach"))
     process.send_signal(signal.SIGKILL)
     process.wait()
     modal_cloud.wait()
@@ -394,7 +394,7 @@ def test_the_generator_too_survives_whatever_ends_its_containers(modal_cloud, sm
 
     fetched = modal_cloud.run("modal", "volume", "get", "cats-model-outputs", "tiny_dit.pt", ".", cwd=tmp_path)
     assert fetched.status == 0, fetched.output
-    assert generator.load(tmp_path / "tiny_dit.pt").draw(["tabby"], steps=2).shape == (1, 3, 32, 32)
+    assert generator.load(tmp_path / "tiny_dit.pt").sample(["tabby"], steps=2).shape == (1, 3, 32, 32)
 
 
 # --- mistakes that no retry can mend -----------------------------------------------------------------------------
@@ -411,10 +411,10 @@ def assert_one_line_and_no_retry(cloud: ModalCloud, result: Finished, message: s
 
 def test_bad_data_fails_once_with_its_line_on_the_terminal(modal_cloud, small_folder, tmp_path):
     broken = tmp_path / small_folder / "train" / "tabby"
-    for picture in broken.iterdir():
-        picture.write_text("I am not a picture")
+    for image in broken.iterdir():
+        image.write_text("I am not an image")
     result = train(modal_cloud, small_folder, tmp_path)
-    assert_one_line_and_no_retry(modal_cloud, result, "16 of 100 pictures cannot be read")
+    assert_one_line_and_no_retry(modal_cloud, result, "16 of 100 images cannot be read")
     assert not (outputs(modal_cloud) / "runs").exists()
 
 

@@ -1,4 +1,4 @@
-"""Pictures of every kind, decoded once and read back from a map of bytes."""
+"""Images of every kind, decoded once and read back from a map of bytes."""
 
 import os
 import pickle
@@ -20,7 +20,7 @@ RED = (200, 30, 40)
 
 
 def folder_with(root: Path, count: int = 20, size: tuple[int, int] = (40, 30)) -> Path:
-    """Two classes of plain PNGs, `count` pictures each."""
+    """Two classes of plain PNGs, `count` images each."""
     for name, colour in (("red", RED), ("blue", (30, 40, 200))):
         (root / name).mkdir(parents=True)
         for number in range(count):
@@ -44,7 +44,7 @@ def bomb() -> bytes:
     )
 
 
-def test_pictures_come_back_as_they_were_within_the_side_asked_for(tmp_path):
+def test_images_come_back_as_they_were_within_the_side_asked_for(tmp_path):
     images = pack(folder_with(tmp_path / "data"))
     assert len(images) == 40
     assert images.classes == ("blue", "red")
@@ -56,7 +56,7 @@ def test_pictures_come_back_as_they_were_within_the_side_asked_for(tmp_path):
     assert sorted([*images.indices("val"), *images.indices("train")]) == list(range(40))
 
 
-def test_small_pictures_are_never_enlarged(tmp_path):
+def test_small_images_are_never_enlarged(tmp_path):
     assert pack(folder_with(tmp_path / "data", size=(10, 12)), short_side=64)[0].shape == (12, 10, 3)
 
 
@@ -73,7 +73,7 @@ def test_a_folder_is_packed_once_and_again_when_a_file_changes(tmp_path):
     assert not first.folder.exists()
 
 
-def test_the_same_pictures_have_the_same_content_digest_wherever_they_lie(tmp_path):
+def test_the_same_images_have_the_same_content_digest_wherever_they_lie(tmp_path):
     one, other = folder_with(tmp_path / "one"), folder_with(tmp_path / "other")
     for path in other.rglob("*.png"):
         os.utime(path, (1, 1))
@@ -119,8 +119,8 @@ def test_packed_images_pickle_by_path_and_not_by_pixels(tmp_path):
         ("RGB", RED, ".ppm"),
     ],
 )
-def test_pictures_of_every_mode_and_format_become_rgb(tmp_path, mode, colour, suffix):
-    path = tmp_path / f"picture{suffix}"
+def test_images_of_every_mode_and_format_become_rgb(tmp_path, mode, colour, suffix):
+    path = tmp_path / f"image{suffix}"
     Image.new(mode, (20, 24), colour).save(path)
     pixels = decode(path, 16)
     assert pixels.shape == (19, 16, 3)
@@ -133,7 +133,7 @@ def test_what_is_transparent_is_white(tmp_path):
     assert (decode(tmp_path / "clear.png", 16) == 255).all()
 
 
-def test_of_an_animation_the_first_picture_counts(tmp_path):
+def test_of_an_animation_the_first_image_counts(tmp_path):
     frames = [Image.new("RGB", (20, 20), colour) for colour in ("red", "green")]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     assert (decode(tmp_path / "a.gif", 16)[0, 0] == (255, 0, 0)).all()
@@ -151,14 +151,14 @@ def test_a_strip_loses_its_ends_instead_of_filling_the_disk(tmp_path):
     assert decode(tmp_path / "strip.png", 100).shape == (16, 8, 3)
 
 
-def test_unreadable_pictures_are_named_and_left_out(tmp_path, capsys):
+def test_unreadable_images_are_named_and_left_out(tmp_path, capsys):
     log_to_stdout()
     root = folder_with(tmp_path / "data")
     whole = (root / "red" / "01.png").read_bytes()
     (root / "red" / "cut off.png").write_bytes(whole[: len(whole) // 2])
     Image.new("RGB", (1, 1)).save(root / "red" / "one pixel.png")
     (root / "blue" / "bömb.png").write_bytes(bomb())
-    (root / "blue" / "text.jpg").write_text("I am not a picture")
+    (root / "blue" / "text.jpg").write_text("I am not an image")
     images = pack(root)
     assert len(images) == 40
     reasons = dict(images.unreadable)
@@ -170,21 +170,21 @@ def test_unreadable_pictures_are_named_and_left_out(tmp_path, capsys):
     assert capsys.readouterr().out.count("Left out") == 4, "a run that finds the folder packed says it too"
 
 
-def test_too_many_unreadable_pictures_stop_the_run_and_leave_nothing(tmp_path):
+def test_too_many_unreadable_images_stop_the_run_and_leave_nothing(tmp_path):
     root = folder_with(tmp_path / "data")
     for number in range(5):
         (root / "red" / f"{number:02}.png").write_text("broken")
-    with pytest.raises(UserError, match=r"5 of 40 pictures cannot be read, the first of them red/00\.png"):
+    with pytest.raises(UserError, match=r"5 of 40 images cannot be read, the first of them red/00\.png"):
         pack(root)
     assert list((tmp_path / "data.packed").iterdir()) == []
 
 
-def test_a_class_without_a_readable_picture_stops_the_run(tmp_path):
+def test_a_class_without_a_readable_image_stops_the_run(tmp_path):
     root = folder_with(tmp_path / "data", count=40)
     (root / "odd").mkdir()
     for number in range(3):
         (root / "odd" / f"{number}.png").write_text("broken")
-    with pytest.raises(UserError, match="'odd' has no readable picture for train"):
+    with pytest.raises(UserError, match="'odd' has no readable image for train"):
         pack(root)
 
 

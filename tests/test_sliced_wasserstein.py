@@ -1,4 +1,4 @@
-"""The distance between sets of pictures, on sets whose distance is known."""
+"""The distance between sets of images, on sets whose distance is known."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_sets_of_different_sizes_are_refused():
 
 
 def test_a_pyramid_separates_the_scales():
-    """A constant lives in the coarsest level alone, a checkerboard in the finest; their sum is the picture."""
+    """A constant lives in the coarsest level alone, a checkerboard in the finest; their sum is the image."""
     flat = torch.full((1, 3, 64, 64), 7.0)
     fine, middle, coarse = laplacian_pyramid(flat)
     assert [level.shape[-1] for level in (fine, middle, coarse)] == [64, 32, 16]

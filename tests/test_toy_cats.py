@@ -21,10 +21,10 @@ def test_the_same_seed_draws_the_same_pixels_and_another_seed_others(tmp_path):
     assert not any((one[path] == three[path]).all() for path in one)
 
 
-def test_it_is_four_coats_and_other_and_no_picture_twice(small_toy):
+def test_it_is_four_coats_and_other_and_no_image_twice(small_toy):
     folder = scan(small_toy)
     assert folder.classes == tuple(sorted(CLASSES)) == ("black", "ginger", "other", "siamese", "tabby")
-    pictures = pixels(small_toy)
-    assert len(pictures) == 100
-    assert {picture.shape for picture in pictures.values()} == {(SIZE, SIZE, 3)}
-    assert len({picture.tobytes() for picture in pictures.values()}) == 100
+    images = pixels(small_toy)
+    assert len(images) == 100
+    assert {image.shape for image in images.values()} == {(SIZE, SIZE, 3)}
+    assert len({image.tobytes() for image in images.values()}) == 100

@@ -136,16 +136,16 @@ def test_strange_names_and_a_batch_larger_than_the_data_work(tmp_path, monkeypat
 
 
 def test_a_folder_that_is_packed_is_never_decoded_again(small_toy, tmp_path, monkeypatch):
-    """Past failure 10: pictures were decoded in the training process, and the GPU waited.
+    """Past failure 10: images were decoded in the training process, and the GPU waited.
 
-    Seen to fail with `Image.open` for the picture of the map in batches._batch.
+    Seen to fail with `Image.open` for the image of the map in batches._batch.
     """
     monkeypatch.chdir(tmp_path)
     shutil.copytree(small_toy, tmp_path / "cats")
     train_here("cats", *SMALL, "--epochs", 1)
 
     def opened(*_arguments, **_options):
-        raise AssertionError("a picture was opened")
+        raise AssertionError("an image was opened")
 
     monkeypatch.setattr(Image, "open", opened)
     train_here("cats", *SMALL, "--epochs", 1, "--num-workers", 1)
@@ -157,20 +157,20 @@ def test_a_folder_that_is_packed_is_never_decoded_again(small_toy, tmp_path, mon
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_killed_at_random_moments_and_resumed_it_ends_bit_identical(workers, undisturbed, small_toy, tmp_path):
-    dice = random.Random(workers)
+    rng = random.Random(workers)
     run = tmp_path / "outputs" / "runs" / "r"
     kills = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
-    dice.shuffle(kills)
-    # The state is saved every third of a second, so that a kill will often strike while it is being written.
+    rng.shuffle(kills)
+    # The checkpoint is saved every third of a second, so that a kill will often strike while it is being written.
     arguments = (*SMALL, "--epochs", EPOCHS, "--num-workers", workers, "--save-every", 0.005)
     for kill in [*kills, None]:
-        beginning = ("--resume", "r") if checkpoints.has_state(run) else ("--run", "r")
+        beginning = ("--resume", "r") if checkpoints.has_checkpoint(run) else ("--run", "r")
         process = script_process("train.py", small_toy, *arguments, *beginning, cwd=tmp_path)
         if kill:
             for line in process.stdout:
-                if "pictures to train on" in line:
+                if "images to train on" in line:
                     break
-            time.sleep(dice.uniform(0, 1.5))
+            time.sleep(rng.uniform(0, 1.5))
             process.send_signal(kill)
         _, errors = process.communicate(timeout=900)
         if kill in (signal.SIGINT, signal.SIGTERM) and process.returncode:
@@ -207,7 +207,7 @@ def test_from_a_damaged_state_it_goes_on_from_the_one_before(undisturbed, tmp_pa
     monkeypatch.chdir(tmp_path)
     shutil.copytree(undisturbed.parents[1], tmp_path / "outputs")
     run = tmp_path / "outputs" / "runs" / "r"
-    path = run / checkpoints.STATE
+    path = run / checkpoints.CHECKPOINT
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 4
     path.write_bytes(damaged)
@@ -236,8 +236,8 @@ def test_the_terminal_that_goes_away_stops_it_with_its_state_saved(small_toy, tm
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 129
     assert "--resume r" in errors
-    state = checkpoints.load_state(tmp_path / "outputs" / "runs" / "r" / "state.pt")
-    assert state["step"] >= 10
+    checkpoint = checkpoints.load_checkpoint(tmp_path / "outputs" / "runs" / "r" / "state.pt")
+    assert checkpoint["step"] >= 10
 
 
 # --- it refuses what it cannot use, in one line ------------------------------------------------------------------
@@ -299,7 +299,7 @@ def test_data_that_cannot_be_trained_on_is_one_line_and_leaves_no_run(run_train,
     broken_folder(tmp_path / "empty", "full", "void")
     for path in (tmp_path / "empty" / "void").iterdir():
         path.unlink()
-    assert "void has no pictures" in one_error(run_train("empty", *SMALL))
+    assert "void has no images" in one_error(run_train("empty", *SMALL))
     assert not (tmp_path / "outputs").exists()
 
 
@@ -316,7 +316,7 @@ def test_a_disk_that_fills_up_is_one_line_and_costs_nothing_saved(undisturbed, s
     # The limit on a file's size is the one full disk that every machine can have.
     fresh = run_train(small_toy, *SMALL, "--run", "early", preexec_fn=limit_file_size)
     assert "cannot save" in one_error(fresh)
-    assert not checkpoints.has_state(tmp_path / "outputs" / "runs" / "early")
+    assert not checkpoints.has_checkpoint(tmp_path / "outputs" / "runs" / "early")
 
     process = script_process("train.py", small_toy, *SMALL, "--epochs", EPOCHS, "--run", "late", cwd=tmp_path)
     for line in process.stdout:
@@ -337,8 +337,8 @@ def test_a_loss_that_diverges_ends_the_run_and_is_never_saved(small_toy, run_tra
     result = run_train(small_toy, *SMALL, "--lr", "1e8", "--gradient-clip", "0", "--run", "wild")
     assert re.search(r"training diverged: the loss is (nan|inf) at step \d+; a lower --lr may help", one_error(result))
     run = tmp_path / "outputs" / "runs" / "wild"
-    state = checkpoints.load_state(run / checkpoints.STATE)
-    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+    checkpoint = checkpoints.load_checkpoint(run / checkpoints.CHECKPOINT)
+    assert all(tensor.isfinite().all() for tensor in checkpoint["model"].values())
     assert "training diverged" in (run / "train.log").read_text(), "the log says why it ends"
 
 
@@ -363,14 +363,14 @@ def test_options_that_contradict_the_state_are_named(copy_of_run, small_toy):
 
 def test_a_state_of_other_data_is_refused(copy_of_run, tmp_path):
     broken_folder(tmp_path / "others", "a", "b")
-    with pytest.raises(UserError, match="does not hold the pictures"):
+    with pytest.raises(UserError, match="does not hold the images"):
         train_here("others", "--resume", "r")
 
 
 def test_a_state_of_another_script_is_refused(copy_of_run):
-    state = checkpoints.load(copy_of_run / checkpoints.STATE)
-    checkpoints.save(copy_of_run / checkpoints.STATE, state | {"script": "train_dit.py"})
-    with pytest.raises(UserError, match=r"is a state of train_dit\.py, not of train\.py"):
+    checkpoint = checkpoints.load(copy_of_run / checkpoints.CHECKPOINT)
+    checkpoints.save(copy_of_run / checkpoints.CHECKPOINT, checkpoint | {"script": "train_dit.py"})
+    with pytest.raises(UserError, match=r"is a checkpoint of train_dit\.py, not of train\.py"):
         train_here("--resume", "r")
 
 

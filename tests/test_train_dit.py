@@ -20,7 +20,7 @@ from tinycats.batches import INITIALISATION, seed_for
 from tinycats.datasets import open_dataset
 from tinycats.dit import TinyDiT
 from tinycats.errors import UserError
-from tinycats.flow_matching import flow_matching_loss, sample, sample_times
+from tinycats.flow_matching import flow_matching_loss, sample, sample_timesteps
 from tinycats.machines import ThisMachine
 from tinycats.runs import log_to_stdout
 from tinycats.signals import StopSignals
@@ -38,9 +38,9 @@ def train_here(*arguments: object, stop: StopSignals | None = None) -> dict:
 
 
 def results(run: Path) -> tuple[dict, dict, bytes]:
-    """The state's and the finished model's contents, the metrics and the last grid of samples."""
-    state = checkpoints.load(run / "state.pt")
-    kept = {name: state[name] for name in ("model", "average", "optimizer", "schedule", "scaler", "step")}
+    """The checkpoint's and the finished model's contents, the metrics and the last grid of samples."""
+    checkpoint = checkpoints.load(run / "state.pt")
+    kept = {name: checkpoint[name] for name in ("model", "average", "optimizer", "schedule", "scaler", "step")}
     weights = checkpoints.load(run / "tiny_dit.pt")["state_dict"]
     grid = (run / "samples" / f"step_{STEPS:07}.png").read_bytes()
     return kept, weights, (run / "metrics.jsonl").read_bytes() + grid
@@ -74,27 +74,27 @@ def test_a_run_leaves_what_the_design_says(undisturbed):
     rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "val_loss" in row] == [20, 30]
     assert [row["lr"] for row in rows if "lr" in row] == [0], "the learning rate has come down"
-    artist = generator.load(undisturbed.parents[1] / "tiny_dit.pt")
-    assert artist.draw(["tabby", "other"], steps=2).shape == (2, 3, 32, 32)
-    grid = generator.sample_grid(artist.model, len(artist.classes), 32, artist.guidance_scale, steps=3)
+    finished = generator.load(undisturbed.parents[1] / "tiny_dit.pt")
+    assert finished.sample(["tabby", "other"], steps=2).shape == (2, 3, 32, 32)
+    grid = generator.sample_grid(finished.model, len(finished.classes), 32, finished.guidance_scale, steps=3)
     assert torch.equal(decode_image(undisturbed / "samples" / "step_0000030.png"), grid)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_killed_at_random_moments_and_resumed_it_ends_bit_identical(workers, undisturbed, small_toy, tmp_path):
-    """Every state that it keeps: weights, moving average, optimizer, schedule, scaler, step, metrics, samples."""
-    dice = random.Random(workers)
+    """Every checkpoint that it keeps: weights, EMA, optimizer, schedule, scaler, step, metrics, samples."""
+    rng = random.Random(workers)
     run = tmp_path / "outputs" / "runs" / "r"
     arguments = (*SMALL, "--num-workers", workers, "--save-every", 0.005)
     for kill in [signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, None]:
-        beginning = ("--resume", "r") if checkpoints.has_state(run) else ("--run", "r")
+        beginning = ("--resume", "r") if checkpoints.has_checkpoint(run) else ("--run", "r")
         process = script_process("train_dit.py", small_toy, *arguments, *beginning, cwd=tmp_path)
         if kill:
             for line in process.stdout:
                 if "million parameters" in line:
                     break
-            time.sleep(dice.uniform(0, 0.8))
+            time.sleep(rng.uniform(0, 0.8))
             process.send_signal(kill)
         _, errors = process.communicate(timeout=900)
         assert kill or process.returncode == 0, errors
@@ -110,34 +110,34 @@ def test_the_null_class_is_trained_like_the_others(undisturbed):
     assert ((after - before).abs().amax(dim=1) > 1e-4).all()
 
 
-def test_sixteen_pictures_are_memorised_and_drawn_again_from_their_own_noise(small_toy, tmp_path):
+def test_sixteen_images_are_memorised_and_sampled_again_from_their_own_noise(small_toy, tmp_path):
     images = open_dataset(small_toy, 16, tmp_path)
     chosen = [images.indices("train")[index] for index in range(0, 80, 5)]
     transform = generator.validation_transform(16)
-    pictures = torch.stack([transform(torch.from_numpy(images[index]).permute(2, 0, 1)) for index in chosen])
-    targets, labels = generator.to_unit(pictures), torch.arange(16)  # a class of its own for each
-    at_once = 4  # times of a picture in a batch
+    images = torch.stack([transform(torch.from_numpy(images[index]).permute(2, 0, 1)) for index in chosen])
+    targets, labels = generator.to_unit(images), torch.arange(16)  # a class of its own for each
+    at_once = 4  # timesteps of an image in a batch
     torch.manual_seed(0)
     model = TinyDiT(16, image_size=16, patch_size=4, dim=96, depth=3, heads=3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
-    dice = torch.Generator().manual_seed(0)
-    noise = torch.randn(targets.shape, generator=dice)
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(targets.shape, generator=rng)
     batch = noise.repeat(at_once, 1, 1, 1), targets.repeat(at_once, 1, 1, 1)
     for _ in range(500):
-        loss = flow_matching_loss(model, *batch, sample_times(16 * at_once, dice), labels.repeat(at_once))
+        loss = flow_matching_loss(model, *batch, sample_timesteps(16 * at_once, rng), labels.repeat(at_once))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    drawn = sample(model.eval(), noise, labels, model.null_class, steps=20)
-    error = (drawn - targets).square().mean().sqrt()
+    samples = sample(model.eval(), noise, labels, model.null_class, steps=20)
+    error = (samples - targets).square().mean().sqrt()
     assert error < 0.1, f"off by {error:.3f} of a range of 2"
 
 
 @pytest.mark.slow
-def test_after_300_steps_a_classifier_recognises_the_coats_that_are_drawn(tmp_path):
-    """The command of the README, and `make smoke`'s for the judge. Chance is 0.2."""
+def test_after_300_steps_a_classifier_recognises_the_coats_of_the_samples(tmp_path):
+    """The command of the README, and `make smoke`'s for the classifier. Chance is 0.2."""
     shape = ("--image-size", 32, "--patch-size", 4, "--dim", 192, "--depth", 6)
     for script, settings in (
         ("train.py", ("--epochs", 4, "--batch-size", 16, "--lr", "1e-3")),
@@ -146,14 +146,14 @@ def test_after_300_steps_a_classifier_recognises_the_coats_that_are_drawn(tmp_pa
         process = script_process(script, "data/toy", *settings, cwd=tmp_path)
         _, errors = process.communicate(timeout=1800)
         assert process.returncode == 0, errors
-    artist = generator.load(tmp_path / "outputs" / "tiny_dit.pt")
-    judge = classifier.load(tmp_path / "outputs" / "cats_model.pt")
-    assert judge.metrics["val_accuracy"] >= 0.95
-    asked = [name for name in artist.classes for _ in range(8)]
-    pictures = artist.draw(asked, seed=5, batch_size=40, steps=25)
+    finished = generator.load(tmp_path / "outputs" / "tiny_dit.pt")
+    trained_classifier = classifier.load(tmp_path / "outputs" / "cats_model.pt")
+    assert trained_classifier.metrics["val_accuracy"] >= 0.95
+    asked = [name for name in finished.classes for _ in range(8)]
+    images = finished.sample(asked, seed=5, batch_size=40, steps=25)
     with torch.inference_mode():
-        answers = judge.model(classifier.normalise(resize(pictures, [64, 64]))).argmax(1)
-    right = [judge.classes[answer] == name for answer, name in zip(answers.tolist(), asked, strict=True)]
+        answers = trained_classifier.model(classifier.normalise(resize(images, [64, 64]))).argmax(1)
+    right = [trained_classifier.classes[answer] == name for answer, name in zip(answers.tolist(), asked, strict=True)]
     assert sum(right) / len(right) >= 0.7
 
 
@@ -215,4 +215,4 @@ def test_a_state_from_before_an_option_existed_is_refused_that_option(undisturbe
 def test_the_log_says_how_it_goes(undisturbed):
     log = (undisturbed / "train.log").read_text()
     assert re.search(r"Step 30/30\. Loss: \d\.\d{4} \|", log)
-    assert re.search(r"Step 20/30\. Held-out loss: \d\.\d{4}; samples/step_0000020\.png", log)
+    assert re.search(r"Step 20/30\. Validation loss: \d\.\d{4}; samples/step_0000020\.png", log)

@@ -11,7 +11,7 @@ from tinycats.packed_images import PackedImages
 from tinycats.signals import leave_stop_signals_to_parent
 
 # What a random number is for. Streams with different purposes must not share numbers.
-SHUFFLING, AUGMENTATION, INITIALISATION, PATH, NOISE, VALIDATION, DRAWING = range(7)
+SHUFFLING, AUGMENTATION, INITIALISATION, PATH, NOISE, VALIDATION, SAMPLING = range(7)
 
 ImageTransform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -29,9 +29,9 @@ class TrainingBatches(Dataset):
     by turns. A batch is at most the whole data set.
     """
 
-    def __init__(self, images: PackedImages, batch_size: int, transform: ImageTransform, seed: int):
-        self.images, self.transform, self.seed = images, transform, seed
-        self.indices = images.indices("train")
+    def __init__(self, dataset: PackedImages, batch_size: int, transform: ImageTransform, seed: int):
+        self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.indices = dataset.indices("train")
         self.batch_size = min(batch_size, len(self.indices))
         self.steps_per_epoch = len(self.indices) // self.batch_size
 
@@ -41,29 +41,29 @@ class TrainingBatches(Dataset):
         chosen = self.indices[shuffle[position * self.batch_size : (position + 1) * self.batch_size]]
         with torch.random.fork_rng(devices=[]):  # torchvision's transforms draw from torch's global generator
             torch.manual_seed(seed_for(self.seed, AUGMENTATION, step))
-            return _batch(self.images, chosen, self.transform)
+            return _batch(self.dataset, chosen, self.transform)
 
 
 class ValidationBatches(Dataset):
-    """The held-out pictures in order: item k is (uint8 [B, 3, H, W], int64 [B] labels)."""
+    """The validation images in order: item k is (uint8 [B, 3, H, W], int64 [B] labels)."""
 
-    def __init__(self, images: PackedImages, batch_size: int, transform: ImageTransform):
-        self.images, self.transform, self.batch_size = images, transform, batch_size
-        self.indices = images.indices("val")
+    def __init__(self, dataset: PackedImages, batch_size: int, transform: ImageTransform):
+        self.dataset, self.transform, self.batch_size = dataset, transform, batch_size
+        self.indices = dataset.indices("val")
 
     def __len__(self) -> int:
         return math.ceil(len(self.indices) / self.batch_size)
 
     def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         chosen = self.indices[number * self.batch_size : (number + 1) * self.batch_size]
-        return _batch(self.images, chosen, self.transform)
+        return _batch(self.dataset, chosen, self.transform)
 
 
-def _batch(images: PackedImages, chosen: np.ndarray, transform: ImageTransform) -> tuple[torch.Tensor, torch.Tensor]:
-    # A picture lies in the map with its channels last, for which torchvision has its fastest code; so does a batch.
-    pictures = [transform(torch.from_numpy(images[index]).permute(2, 0, 1)) for index in chosen]
-    stacked = torch.stack([picture.permute(1, 2, 0) for picture in pictures]).permute(0, 3, 1, 2)
-    return stacked, torch.from_numpy(images.labels[chosen])
+def _batch(dataset: PackedImages, chosen: np.ndarray, transform: ImageTransform) -> tuple[torch.Tensor, torch.Tensor]:
+    # An image lies in the map with its channels last, for which torchvision has its fastest code; so does a batch.
+    images = [transform(torch.from_numpy(dataset[index]).permute(2, 0, 1)) for index in chosen]
+    stacked = torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    return stacked, torch.from_numpy(dataset.labels[chosen])
 
 
 def load_batches(batches: Dataset, order: Iterable[int], num_workers: int, pin_memory: bool) -> DataLoader:

@@ -1,4 +1,4 @@
-"""Files of tensors: a run's state, which must survive everything, and finished models.
+"""Files of tensors: a run's checkpoint, which must survive everything, and finished models.
 
 A file is what `torch.save` writes, followed by a line with the SHA-256 of it. `torch.load` passes over the
 line, so the files are ordinary; and a file that was cut off, or in which a bit has flipped, is known for what
@@ -17,9 +17,9 @@ from tinycats.errors import UserError
 
 log = logging.getLogger(__name__)
 
-STATE = "state.pt"
-PREVIOUS_STATE = "state.previous.pt"
-STATES = (STATE, PREVIOUS_STATE)
+CHECKPOINT = "state.pt"
+PREVIOUS_CHECKPOINT = "state.previous.pt"
+CHECKPOINTS = (CHECKPOINT, PREVIOUS_CHECKPOINT)
 _FOOTER = b"\ntinycats sha256 "
 _FOOTER_LENGTH = len(_FOOTER) + 64 + 1
 
@@ -52,7 +52,7 @@ def save_model(path: Path, contents: dict[str, Any]) -> None:
     try:
         save(path, contents)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; the run's state has the weights") from error
+        raise UserError(f"cannot write {path}: {error.strerror}; the run's checkpoint has the weights") from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -79,52 +79,52 @@ def load(path: Path) -> dict[str, Any]:
         raise DamagedFile(f"{path} holds what no file of this program holds; it was not loaded") from error
 
 
-def save_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write a run's state; the one before it is kept as the previous state.
+def save_checkpoint(folder: Path, checkpoint: dict[str, Any]) -> None:
+    """Write a run's checkpoint; the one before it is kept as the previous checkpoint.
 
     Raises:
-        UserError: the disk is full or not writable; both old states are as they were.
+        UserError: the disk is full or not writable; both old checkpoints are as they were.
     """
-    path, newer = folder / STATE, folder / "state.newer.pt"
+    path, newer = folder / CHECKPOINT, folder / "state.newer.pt"
     try:
-        save(newer, state)
+        save(newer, checkpoint)
         # Between these two renames the run has no state.pt; whoever is killed there resumes from the previous.
         if path.exists():
-            path.replace(folder / PREVIOUS_STATE)
+            path.replace(folder / PREVIOUS_CHECKPOINT)
         newer.replace(path)
     except OSError as error:
         newer.unlink(missing_ok=True)
-        raise UserError(f"cannot save {path}: {error.strerror}; the state saved before it is untouched") from error
+        raise UserError(f"cannot save {path}: {error.strerror}; the checkpoint saved before it is untouched") from error
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """Read a run's state; if it is damaged, the one before it, saying so.
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a run's checkpoint; if it is damaged, the one before it, saying so.
 
     Args:
-        path: of the state; where it is the run's newest, the previous one beside it is the spare.
+        path: of the checkpoint; where it is the run's newest, the previous one beside it is the spare.
 
     Raises:
         UserError: there is none, or none is whole.
     """
     problem = UserError(f"{path} is not there")
-    for candidate in [path] + ([path.with_name(PREVIOUS_STATE)] if path.name == STATE else []):
+    for candidate in [path] + ([path.with_name(PREVIOUS_CHECKPOINT)] if path.name == CHECKPOINT else []):
         if not candidate.exists():
             continue
         try:
-            state = load(candidate)
-            step = state["step"]
+            checkpoint = load(candidate)
+            step = checkpoint["step"]
         except DamagedFile as error:
             problem = error
             log.warning("%s", error)
         except KeyError:
-            problem = UserError(f"{candidate} is not a run's state")
+            problem = UserError(f"{candidate} is not a run's checkpoint")
         else:
             if candidate != path:
-                log.warning("Going on from the state before it, %s (step %d)", candidate, step)
-            return state
+                log.warning("Going on from the checkpoint before it, %s (step %d)", candidate, step)
+            return checkpoint
     raise problem
 
 
-def has_state(folder: Path) -> bool:
+def has_checkpoint(folder: Path) -> bool:
     """Whether a run was ever saved in `folder`."""
-    return any((folder / name).exists() for name in STATES)
+    return any((folder / name).exists() for name in CHECKPOINTS)

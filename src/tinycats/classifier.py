@@ -1,4 +1,4 @@
-"""The cat classifier: a torchvision ResNet with a head of its own, its pictures, its metrics, its file."""
+"""The cat classifier: a torchvision ResNet with a head of its own, its images, its metrics, its file."""
 
 import urllib.error
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from tinycats.errors import TransientError, UserError
 from tinycats.oxford_pets import OTHER
 from tinycats.packed_images import decode
 
-CROP_SCALE = (0.35, 1.0)  # the part of a picture's area that training sees
+CROP_SCALE = (0.35, 1.0)  # the part of an image's area that training sees
 
 # ImageNet's, with which the pretrained backbones were trained.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -40,22 +40,22 @@ def build(backbone: str, num_classes: int, *, pretrained: bool) -> nn.Module:
 
 
 def stored_side(image_size: int) -> int:
-    """The shorter side, in pixels, of the pictures from which `image_size` is cropped (256 for 224, as usual)."""
+    """The shorter side, in pixels, of the images from which `image_size` is cropped (256 for 224, as usual)."""
     return round(image_size * 256 / 224)
 
 
 class _RandomResizedCrop(v2.RandomResizedCrop):
-    """Copies what it crops before it resizes that: a view into the larger picture is resized three times as
+    """Copies what it crops before it resizes that: a view into the larger image is resized three times as
     slowly (benchmarks/README.md)."""
 
-    def transform(self, picture: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
-        crop = functional.crop(picture, **params)
+    def transform(self, image: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
+        crop = functional.crop(image, **params)
         compact = crop.permute(1, 2, 0).contiguous().permute(2, 0, 1)
         return functional.resize(compact, self.size, self.interpolation, antialias=self.antialias)
 
 
 def training_transform(image_size: int) -> v2.Transform:
-    """uint8 [3, H, W] -> uint8 [3, image_size, image_size]: a random part of the picture, mirrored or not.
+    """uint8 [3, H, W] -> uint8 [3, image_size, image_size]: a random part of the image, mirrored or not.
 
     Colours stay as they are: they are what tells one coat from another.
     """
@@ -63,7 +63,7 @@ def training_transform(image_size: int) -> v2.Transform:
 
 
 def validation_transform(image_size: int) -> v2.Transform:
-    """uint8 [3, H, W] -> uint8 [3, image_size, image_size]: the middle of the picture."""
+    """uint8 [3, H, W] -> uint8 [3, image_size, image_size]: the middle of the image."""
     return v2.Compose([v2.Resize(stored_side(image_size)), v2.CenterCrop(image_size)])
 
 
@@ -78,7 +78,7 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 
 
 def confusion_matrix(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """int64 [C, C]: how many pictures of class i (row) were taken for class j (column)."""
+    """int64 [C, C]: how many images of class i (row) were taken for class j (column)."""
     classes = logits.shape[1]
     return torch.bincount(labels * classes + logits.argmax(1), minlength=classes**2).view(classes, classes)
 
@@ -87,7 +87,7 @@ def accuracies(confusion: torch.Tensor, classes: Sequence[str]) -> dict[str, Any
     """What a confusion matrix says.
 
     Returns:
-        `val_accuracy`, the part of the pictures that are right; `class_accuracy`, the same for each class;
+        `val_accuracy`, the part of the images that are right; `class_accuracy`, the same for each class;
         `balanced_accuracy`, the mean over the classes; and where there is a class `other`,
         `cat_accuracy`: the part of which it is rightly said whether they show a cat.
     """
@@ -119,13 +119,13 @@ class Classifier:
         """The probability of each class for each photo (files in any format that Pillow reads).
 
         Raises:
-            OSError, ValueError: a file is no picture.
+            OSError, ValueError: a file is no image.
         """
         if not photos:
             return []
         transform = validation_transform(self.image_size)
-        pictures = [torch.from_numpy(decode(Path(photo), stored_side(self.image_size))) for photo in photos]
-        batch = torch.stack([transform(picture.permute(2, 0, 1)) for picture in pictures])
+        images = [torch.from_numpy(decode(Path(photo), stored_side(self.image_size))) for photo in photos]
+        batch = torch.stack([transform(image.permute(2, 0, 1)) for image in images])
         probabilities = self.model(normalise(batch)).softmax(1)
         return [dict(zip(self.classes, row.tolist(), strict=True)) for row in probabilities]
 

@@ -106,13 +106,13 @@ class Parser(argparse.ArgumentParser):
             "data_dir",
             nargs="?",
             type=Path,
-            help="a folder of pictures, a subfolder a class, split into train/ and val/ or not "
+            help="a folder of images, a subfolder a class, split into train/ and val/ or not "
             "(default: data/cats; on a laptop data/toy if that is not there)",
         )
         run = self.add_argument_group("the run")
         run.add_argument("--output-dir", type=Path, default=Path("outputs"), help="where runs and finished models go")
         run.add_argument("--run", type=run_name, metavar="NAME", help="the run's name; new by default")
-        run.add_argument("--resume", metavar="RUN", help="go on with a run: its name, or its state file's path")
+        run.add_argument("--resume", metavar="RUN", help="go on with a run: its name, or its checkpoint file's path")
         run.add_argument("--seed", type=whole_number(0, 2**63 - 1), default=0, help="decides every random choice")
         run.add_argument(
             "--num-workers",
@@ -125,7 +125,7 @@ class Parser(argparse.ArgumentParser):
             type=number(above=0),
             default=5,
             metavar="MINUTES",
-            help="save the state this often within an epoch",
+            help="save the checkpoint this often within an epoch",
         )
         run.add_argument("--debug", action="store_true", help="show the traceback of an error")
         modal = self.add_argument_group("Modal only")
@@ -135,13 +135,13 @@ class Parser(argparse.ArgumentParser):
             type=number(above=0, at_most=MAX_TIMEOUT),
             default=MAX_TIMEOUT,
             metavar="HOURS",
-            help="of one attempt; the next one goes on from its state",
+            help="of one attempt; the next one goes on from its checkpoint",
         )
 
     def add_optimization_options(self, group: argparse._ArgumentGroup, *, batch_size: int, weight_decay: float) -> None:
         """The options of `optimization` and `devices`, with the defaults that differ between the scripts."""
         group.add_argument(
-            "--batch-size", type=whole_number(1), default=batch_size, help="pictures a step, over all GPUs"
+            "--batch-size", type=whole_number(1), default=batch_size, help="images a step, over all GPUs"
         )
         group.add_argument("--lr", type=number(above=0), default=1e-4, help="AdamW's learning rate at its peak")
         group.add_argument(
@@ -196,10 +196,10 @@ class Parser(argparse.ArgumentParser):
             self.error(problem)
         if options.resume:
             try:
-                runs.resumed_state(options.output_dir, options.resume)
+                runs.resumed_checkpoint(options.output_dir, options.resume)
             except UserError as error:
                 self.error(str(error))
-        if options.run and checkpoints.has_state(runs.folder_of(options.output_dir, options.run)):
+        if options.run and checkpoints.has_checkpoint(runs.folder_of(options.output_dir, options.run)):
             self.error(f"the run {options.run} exists; go on with it by --resume {options.run}, or choose another name")
 
 
@@ -209,7 +209,7 @@ def resumed_options(options: Options, saved: dict) -> Options:
     Raises:
         UserError: the user gave an option that contradicts the saved run; the message names each.
     """
-    wrong = [  # a state that is older than an option has none of it
+    wrong = [  # a checkpoint that is older than an option has none of it
         f"--{name.replace('_', '-')} {getattr(options, name)} (the run has {saved.get(name, 'none')})"
         for name in sorted(options.given - FREE_ON_RESUME)
         if name not in saved or getattr(options, name) != saved[name]
@@ -224,7 +224,7 @@ def resumed_options(options: Options, saved: dict) -> Options:
 
 
 def saved_options(options: Options) -> dict:
-    """What of the options a state keeps, in plain values."""
+    """What of the options a checkpoint keeps, in plain values."""
     kept = {name: value for name, value in vars(options).items() if name not in FREE_ON_RESUME}
     return kept | {"data_dir": str(options.data_dir)}
 

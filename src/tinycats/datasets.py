@@ -1,4 +1,4 @@
-"""From what the user calls the data to its pictures, packed."""
+"""From what the user calls the data to its images, packed."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from tinycats.toy_cats import draw_toy_cats
 
 
 def open_dataset(data_dir: Path, short_side: int, fallback: Path) -> PackedImages:
-    """The pictures of `data_dir`, packed with a shorter side of at most `short_side` pixels; draws data/toy.
+    """The images of `data_dir`, packed with a shorter side of at most `short_side` pixels; draws data/toy.
 
     Args:
-        fallback: a folder for the packed pictures where none can be written beside `data_dir`.
+        fallback: a folder for the packed images where none can be written beside `data_dir`.
 
     Raises:
         UserError: see `image_folders.scan` and `packed_images.packed`.

@@ -46,15 +46,15 @@ def position_embedding(side: int, dim: int) -> torch.Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """Times in [0, 1], [B] -> [B, dim]."""
+    """Timesteps in [0, 1], [B] -> [B, dim]."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(TIMESTEP_FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-    def forward(self, times: torch.Tensor) -> torch.Tensor:
+    def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
         # The frequencies were made for a thousand steps.
-        return self.mlp(sinusoids(1000 * times, TIMESTEP_FREQUENCIES))
+        return self.mlp(sinusoids(1000 * timesteps, TIMESTEP_FREQUENCIES))
 
 
 def modulate(tokens: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,7 @@ class FinalLayer(nn.Module):
 
 
 class TinyDiT(nn.Module):
-    """Images [B, 3, S, S], times in [0, 1] [B], classes int64 [B] -> [B, 3, S, S].
+    """Images [B, 3, S, S], timesteps in [0, 1] [B], classes int64 [B] -> [B, 3, S, S].
 
     The class `num_classes` is the null class, which stands for no class at all: guidance needs it.
     """
@@ -151,9 +151,9 @@ class TinyDiT(nn.Module):
         nn.init.zeros_(self.final_layer.adaLN_modulation[-1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
-    def forward(self, images: torch.Tensor, times: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         tokens = self.x_embedder(patchify(images, self.patch_size)) + self.position
-        condition = self.t_embedder(times) + self.y_embedder(classes)
+        condition = self.t_embedder(timesteps) + self.y_embedder(classes)
         for block in self.blocks:
             tokens = block(tokens, condition)
         return unpatchify(self.final_layer(tokens, condition), self.patch_size)

@@ -1,4 +1,4 @@
-"""The exponential moving average of a model's weights, which draws better than the weights themselves."""
+"""EMA: the exponential moving average of a model's weights, which samples better than the weights themselves."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 
 
-def moving_average(model: torch.nn.Module, beta: float) -> AveragedModel:
+def ema_model(model: torch.nn.Module, beta: float) -> AveragedModel:
     """An average that `update_parameters(model)` moves towards the weights by 1 - decay.
 
     The decay after n updates is min(beta, (1 + n) / (10 + n)): a short run is not for ever an average with the
@@ -18,6 +18,6 @@ def moving_average(model: torch.nn.Module, beta: float) -> AveragedModel:
         decay = min(beta, (1 + count) / (10 + count))
         torch._foreach_lerp_(list(averages), list(weights), 1 - decay)
 
-    average = AveragedModel(model, multi_avg_fn=move)
-    average.n_averaged = average.n_averaged.cpu()  # read at each step, for which a GPU would have to be waited for
-    return average.requires_grad_(False)
+    ema = AveragedModel(model, multi_avg_fn=move)
+    ema.n_averaged = ema.n_averaged.cpu()  # read at each step, for which a GPU would have to be waited for
+    return ema.requires_grad_(False)

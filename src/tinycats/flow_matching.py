@@ -14,23 +14,23 @@ import torch
 
 Model = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-# The loss divides by the time that is left, but by no less than this: else a few pictures at the very end of their
+# The loss divides by the time that is left, but by no less than this: else a few images at the very end of their
 # paths would drown the others.
 MIN_TIME_LEFT = 0.05
 
 
-def point_on_path(noise: torch.Tensor, images: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
-    """x_t, [B, ...], of the straight path from noise to image at times [B]."""
-    times = times.view(-1, *[1] * (images.ndim - 1))
-    return (1 - times) * noise + times * images
+def point_on_path(noise: torch.Tensor, images: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """x_t, [B, ...], of the straight path from noise to image at timesteps [B]."""
+    timesteps = timesteps.view(-1, *[1] * (images.ndim - 1))
+    return (1 - timesteps) * noise + timesteps * images
 
 
-def implied_velocity(points: torch.Tensor, predicted: torch.Tensor, times: torch.Tensor) -> torch.Tensor:
+def implied_velocity(points: torch.Tensor, predicted: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
     """The velocity, [B, ...], with which a point at its time, which is below 1, reaches the predicted image at 1."""
-    return (predicted - points) / (1 - times).view(-1, *[1] * (points.ndim - 1))
+    return (predicted - points) / (1 - timesteps).view(-1, *[1] * (points.ndim - 1))
 
 
-def sample_times(count: int, generator: torch.Generator, *, mean: float = -0.8, std: float = 1.0) -> torch.Tensor:
+def sample_timesteps(count: int, generator: torch.Generator, *, mean: float = -0.8, std: float = 1.0) -> torch.Tensor:
     """float32 [count] in (0, 1), logit-normal (Esser et al., arXiv 2403.03206, section 3.1): most around 0.3, where
     it is decided what will be seen, and enough near 1, where detail is. Chosen by measurement (ADR-026)."""
     return torch.sigmoid(mean + std * torch.randn(count, generator=generator))
@@ -49,7 +49,7 @@ def flow_matching_loss(
     model: Model,
     noise: torch.Tensor,
     images: torch.Tensor,
-    times: torch.Tensor,
+    timesteps: torch.Tensor,
     classes: torch.Tensor,
     *,
     min_time_left: float = MIN_TIME_LEFT,
@@ -64,8 +64,8 @@ def flow_matching_loss(
     """
     if noise is images:
         raise ValueError("the path leads from the images to themselves")
-    predicted = model(point_on_path(noise, images, times), times, classes).float()
-    left = (1 - times).clamp_min(min_time_left).view(-1, *[1] * (images.ndim - 1))
+    predicted = model(point_on_path(noise, images, timesteps), timesteps, classes).float()
+    left = (1 - timesteps).clamp_min(min_time_left).view(-1, *[1] * (images.ndim - 1))
     # Both velocities start at the same point, which cancels out of their difference.
     return ((predicted - images) / left).square().mean()
 
@@ -85,30 +85,30 @@ def sample(
 
     Args:
         classes: int64 [B].
-        guidance_scale: 0 draws without the class, 1 with it, more exaggerates it (classifier-free guidance).
+        guidance_scale: 0 samples without the class, 1 with it, more exaggerates it (classifier-free guidance).
         method: Euler's is of first order and asks the model once a step; Heun's is of second order and asks it
             twice, but for the last step, which is Euler's (Karras et al., arXiv 2206.00364, algorithm 1).
     """
-    times = torch.linspace(0, 1, steps + 1, device=noise.device)
+    timesteps = torch.linspace(0, 1, steps + 1, device=noise.device)
 
-    def velocity(points: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    def velocity(points: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         count = len(points)
         if guidance_scale == 1:
-            now = time.expand(count)
+            now = timestep.expand(count)
             return implied_velocity(points, model(points, now, classes).float(), now)
         # Both branches in one batch.
-        now = time.expand(2 * count)
+        now = timestep.expand(2 * count)
         both = torch.cat([classes, torch.full_like(classes, null_class)])
         doubled = torch.cat([points, points])
         with_class, without = implied_velocity(doubled, model(doubled, now, both).float(), now).chunk(2)
         return without + guidance_scale * (with_class - without)
 
     points = noise
-    for time, next_time in itertools.pairwise(times):
-        step = next_time - time
-        slope = velocity(points, time)
+    for timestep, next_timestep in itertools.pairwise(timesteps):
+        step = next_timestep - timestep
+        slope = velocity(points, timestep)
         ahead = points + step * slope
-        if method == "heun" and next_time < 1:
-            slope = (slope + velocity(ahead, next_time)) / 2
+        if method == "heun" and next_timestep < 1:
+            slope = (slope + velocity(ahead, next_timestep)) / 2
         points = points + step * slope
     return points

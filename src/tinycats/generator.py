@@ -1,4 +1,4 @@
-"""The cat generator: TinyDiT's pictures, its grids of samples, its file."""
+"""The cat generator: TinyDiT's images, its grids of samples, its file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from torchvision.transforms import v2
 from torchvision.utils import make_grid
 
 from tinycats import checkpoints
-from tinycats.batches import DRAWING, seed_for
+from tinycats.batches import SAMPLING, seed_for
 from tinycats.dit import TinyDiT
 from tinycats.errors import UserError
 from tinycats.flow_matching import sample
 
-# A grid of samples: a row a class. Each picture takes two evaluations of the model a step, four with guidance.
+# A grid of samples: a row a class. Each image takes two evaluations of the model a step, four with guidance.
 COLUMNS = 8
 
 # AdamW's memory of squared gradients while training: twenty steps, not the usual thousand (ADR-026).
@@ -23,12 +23,12 @@ BETA2 = 0.95
 
 
 def training_transform(image_size: int) -> v2.Transform:
-    """uint8 [3, H, W] -> uint8 [3, image_size, image_size]: the middle of the picture, mirrored or not."""
+    """uint8 [3, H, W] -> uint8 [3, image_size, image_size]: the middle of the image, mirrored or not."""
     return v2.Compose([validation_transform(image_size), v2.RandomHorizontalFlip()])
 
 
 def validation_transform(image_size: int) -> v2.Transform:
-    """uint8 [3, H, W] -> uint8 [3, image_size, image_size]: the middle of the picture."""
+    """uint8 [3, H, W] -> uint8 [3, image_size, image_size]: the middle of the image."""
     return v2.Compose([v2.Resize(image_size), v2.CenterCrop(image_size)])
 
 
@@ -43,11 +43,11 @@ def to_bytes(images: torch.Tensor) -> torch.Tensor:
 
 
 def starting_noise(count: int, image_size: int, seed: int) -> torch.Tensor:
-    """float32 [count, 3, S, S]: the n-th picture's noise depends on the seed and n alone, so that the same
-    pictures are drawn in batches of any size."""
+    """float32 [count, 3, S, S]: the n-th image's noise depends on the seed and n alone, so that the same
+    images are sampled in batches of any size."""
     return torch.stack(
         [
-            torch.randn(3, image_size, image_size, generator=torch.Generator().manual_seed(seed_for(seed, DRAWING, n)))
+            torch.randn(3, image_size, image_size, generator=torch.Generator().manual_seed(seed_for(seed, SAMPLING, n)))
             for n in range(count)
         ]
     )
@@ -59,7 +59,7 @@ def sample_grid(
     """uint8 [3, H, W]: a row a class, a column a noise, and always the same noise.
 
     Args:
-        model: TinyDiT or its moving average, on any device.
+        model: TinyDiT or its EMA, on any device.
         steps: as of `sample`.
     """
     device = next(model.parameters()).device
@@ -67,8 +67,8 @@ def sample_grid(
     rows = []
     for label in range(num_classes):
         classes = torch.full((COLUMNS,), label, device=device)
-        drawn = sample(model, noise, classes, num_classes, steps=steps, guidance_scale=guidance_scale)
-        rows.append(to_bytes(drawn).cpu())
+        samples = sample(model, noise, classes, num_classes, steps=steps, guidance_scale=guidance_scale)
+        rows.append(to_bytes(samples).cpu())
     return make_grid(torch.cat(rows), nrow=COLUMNS, padding=2, pad_value=255)
 
 
@@ -81,7 +81,7 @@ class Generator:
     guidance_scale: float
     metrics: dict[str, Any]
 
-    def draw(
+    def sample(
         self,
         names: Sequence[str],
         *,
@@ -90,7 +90,7 @@ class Generator:
         steps: int = 50,
         method: Literal["heun", "euler"] = "heun",
     ) -> torch.Tensor:
-        """uint8 [len(names), 3, S, S]: a picture of each named class; `steps` and `method` as of `sample`.
+        """uint8 [len(names), 3, S, S]: an image of each named class; `steps` and `method` as of `sample`.
 
         Raises:
             UserError: there is no such class.
@@ -100,11 +100,11 @@ class Generator:
         noise = starting_noise(len(names), self.model.image_size, seed)
         labels = torch.tensor([self.classes.index(name) for name in names])
         settings = {"steps": steps, "guidance_scale": self.guidance_scale, "method": method}
-        drawn = [
+        samples = [
             sample(self.model, part, some, self.model.null_class, **settings)
             for part, some in zip(noise.split(batch_size), labels.split(batch_size), strict=True)
         ]
-        return to_bytes(torch.cat(drawn)) if drawn else torch.empty(0, dtype=torch.uint8)
+        return to_bytes(torch.cat(samples)) if samples else torch.empty(0, dtype=torch.uint8)
 
 
 def export(
@@ -115,7 +115,7 @@ def export(
     guidance_scale: float,
     metrics: dict[str, Any],
 ) -> None:
-    """Write a finished generator: the moving average's weights, and all that drawing takes. `torch.load` reads it.
+    """Write a finished generator: the EMA's weights, and all that sampling takes. `torch.load` reads it.
 
     Args:
         shape: the arguments of TinyDiT but the number of classes.
@@ -137,7 +137,7 @@ def export(
 
 
 def load(path: Path | str) -> Generator:
-    """Read a finished generator (`tiny_dit.pt`), ready to draw on the CPU.
+    """Read a finished generator (`tiny_dit.pt`), ready to sample on the CPU.
 
     Raises:
         UserError: the file is missing, damaged, or another model's.

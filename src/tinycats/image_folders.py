@@ -1,6 +1,6 @@
-"""A folder of pictures, a subfolder a class: which files belong to it, and which are held out.
+"""A folder of images, a subfolder a class: which files belong to it, and which are held out.
 
-Nothing here opens a picture, and nothing needs more than the standard library: the laptop's side of
+Nothing here opens an image, and nothing needs more than the standard library: the laptop's side of
 `modal run` checks folders with it.
 """
 
@@ -18,7 +18,7 @@ HELD_OUT = 0.2  # the part of each class that validates, where the folder itself
 
 @dataclass(frozen=True)
 class ImageFile:
-    """One picture: its path relative to the folder (with `/`), its class's index, `train` or `val`."""
+    """One image: its path relative to the folder (with `/`), its class's index, `train` or `val`."""
 
     path: str
     label: int
@@ -35,13 +35,13 @@ class ImageFolder:
 
 
 def scan(root: Path) -> ImageFolder:
-    """List the pictures of `root`: `train/<class>/…` with `val/<class>/…`, or just `<class>/…`.
+    """List the images of `root`: `train/<class>/…` with `val/<class>/…`, or just `<class>/…`.
 
     Without a `val` folder a fifth of each class is held out, chosen by a hash of the file's path: the same
     files on every machine, whatever the order or the times of the files.
 
     Raises:
-        UserError: no such folder, no class folders, a class without pictures, classes that differ between
+        UserError: no such folder, no class folders, a class without images, classes that differ between
             `train` and `val`.
     """
     if not root.is_dir():
@@ -66,7 +66,7 @@ def _scan(root: Path) -> ImageFolder:
         by_split = {"train": {}, "val": {}}
         for name, paths in by_class.items():
             if len(paths) < 2:
-                raise UserError(f"{root}: the class {name!r} has one picture; it takes two (one to hold out)")
+                raise UserError(f"{root}: the class {name!r} has one image; it takes two (one to hold out)")
             by_split["val"][name], by_split["train"][name] = hold_out(paths)
 
     classes = tuple(sorted(by_split["train"]))
@@ -83,7 +83,7 @@ def _images_by_class(root: Path, subfolder: str) -> dict[str, list[str]]:
     parent = root / subfolder
     names = sorted(entry.name for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
-        raise UserError(f"{parent} has no class folders; put the pictures of each class in a folder of its own")
+        raise UserError(f"{parent} has no class folders; put the images of each class in a folder of its own")
     by_class = {}
     for name in names:
         by_class[name] = sorted(
@@ -93,12 +93,12 @@ def _images_by_class(root: Path, subfolder: str) -> dict[str, list[str]]:
             if Path(file).suffix.lower() in IMAGE_SUFFIXES and not file.startswith(".")
         )
         if not by_class[name]:
-            raise UserError(f"{parent / name} has no pictures ({', '.join(sorted(IMAGE_SUFFIXES))})")
+            raise UserError(f"{parent / name} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return by_class
 
 
 def hold_out(names: list[str]) -> tuple[list[str], list[str]]:
-    """Split the names of a class's pictures into (held out, for training), by a hash of each name."""
+    """Split the names of a class's images into (held out, for training), by a hash of each name."""
     shuffled = sorted(names, key=_stable_hash)
     count = max(1, round(HELD_OUT * len(names)))
     return shuffled[:count], shuffled[count:]

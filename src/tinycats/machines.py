@@ -21,7 +21,7 @@ class ThisMachine:
         self.script = script
 
     def open_dataset(self, data_dir: Path, short_side: int, output_dir: Path) -> "PackedImages":
-        """The pictures of `data_dir`, ready for random access; see `datasets.open_dataset`."""
+        """The images of `data_dir`, ready for random access; see `datasets.open_dataset`."""
         from tinycats.datasets import open_dataset  # needs numpy and Pillow, which `modal run` works without
 
         return open_dataset(data_dir, short_side, fallback=output_dir)

@@ -2,7 +2,7 @@
 
 The laptop checks everything, uploads what the volume lacks, and submits one payload, which every attempt
 gets: the first container, and each that follows a preemption, a crash or a timeout, takes the same path and
-goes on from the state that it finds in the volume. See plans/ADR-007.
+goes on from the checkpoint that it finds in the volume. See plans/ADR-007.
 """
 
 import argparse
@@ -47,7 +47,7 @@ IMAGE = (
     .add_local_python_source("tinycats")
 )
 
-CPU = 8.0  # cores: what it takes to keep a GPU in pictures
+CPU = 8.0  # cores: what it takes to keep a GPU in images
 MEMORY = 16 * 1024  # MiB
 RETRIES = modal.Retries(max_retries=10, initial_delay=1.0, backoff_coefficient=2.0, max_delay=60.0)
 
@@ -184,7 +184,7 @@ def _check_run(options: Options) -> None:
     if name is None:
         return
     folder = PurePosixPath("/", runs.folder_of(output_path(options), name).relative_to(OUTPUTS_MOUNT))
-    is_there = any(PurePosixPath(entry.path).name in checkpoints.STATES for entry in _list(OUTPUTS, folder))
+    is_there = any(PurePosixPath(entry.path).name in checkpoints.CHECKPOINTS for entry in _list(OUTPUTS, folder))
     if options.run and is_there:
         raise UserError(runs.taken(options.run))
     if options.resume and not is_there:
@@ -238,7 +238,7 @@ def _digest(folder: ImageFolder) -> str:
 
 
 def _upload(folder: ImageFolder, remote: PurePosixPath, digest: str) -> None:
-    log.info("Uploading %d pictures of %s into the volume %s", len(folder.files), folder.root, DATASET_VOLUME)
+    log.info("Uploading %d images of %s into the volume %s", len(folder.files), folder.root, DATASET_VOLUME)
     chunk = max(1, len(folder.files) // 20)
     for start in range(0, len(folder.files), chunk):
         files = folder.files[start : start + chunk]
@@ -257,7 +257,7 @@ class Container(ThisMachine):
     """A container with the two volumes mounted."""
 
     def open_dataset(self, data_dir: Path, short_side: int, output_dir: Path) -> "PackedImages":
-        """The pictures of `data_dir`, read from the container's own disk; prepares data/cats if the volume lacks it."""
+        """The images of `data_dir`, read from the container's own disk; prepares data/cats if the volume lacks it."""
         if is_toy(data_dir):
             return super().open_dataset(SCRATCH / "data" / "toy", short_side, SCRATCH)
         from tinycats.packed_images import PackedImages
@@ -272,7 +272,7 @@ class Container(ThisMachine):
         folder = super().open_dataset(data_dir, short_side, SCRATCH).folder
         local = SCRATCH / folder.parent.name / folder.name
         if folder != local:
-            log.info("Copying the packed pictures to the container's disk")
+            log.info("Copying the packed images to the container's disk")
             shutil.copytree(folder, local, dirs_exist_ok=True)
             _commit(DATASET)
         return PackedImages(local)
@@ -318,14 +318,14 @@ def _commit(volume: modal.Volume) -> None:
 def run_in_container(
     parser: Parser, train: Callable[[Options, StopSignals, ThisMachine], dict[str, Any]], payload: dict[str, Any]
 ) -> dict[str, Any]:
-    """The body of a script's Modal function: train, from the state in the volume if there is one.
+    """The body of a script's Modal function: train, from the checkpoint in the volume if there is one.
 
     Returns:
         What `train` returns; or `{"error": message}` for a mistake that no retry can mend. That is returned
         and not raised: Modal would run what raises again, eleven times, on a rented GPU.
 
     Raises:
-        Stopped: preempted, with the state saved; a KeyboardInterrupt makes Modal start the same input again.
+        Stopped: preempted, with the checkpoint saved; a KeyboardInterrupt makes Modal start the same input again.
         Exception: whatever else went wrong; Modal tries again, as the function's retries say.
     """
     options = parser.parse(payload["arguments"], on_modal=True)

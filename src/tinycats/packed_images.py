@@ -1,10 +1,10 @@
-"""A folder of pictures decoded once, into one memory-mapped array of bytes.
+"""A folder of images decoded once, into one memory-mapped array of bytes.
 
 Decoding a photo costs several milliseconds, cropping one that is decoded a fraction of one: whoever decodes
 in the training loop lets the GPU wait. So the first use of a folder packs it beside itself, as
 
-    <folder>.packed/<short side>px-<key>/pixels.bin     height x width x 3 uint8 a picture, one after another
-    <folder>.packed/<short side>px-<key>/index.json     classes, and a picture's path, split, label and size
+    <folder>.packed/<short side>px-<key>/pixels.bin     height x width x 3 uint8 an image, one after another
+    <folder>.packed/<short side>px-<key>/index.json     classes, and an image's path, split, label and size
 
 where the key covers the files' names, sizes and times and the packing itself: change any, and the folder is
 packed anew.
@@ -32,24 +32,24 @@ from tinycats.image_folders import ImageFile, ImageFolder
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # goes up when the same files would be packed into other bytes
-MIN_SIDE = 8  # pixels; a smaller picture shows nothing
-MAX_ASPECT = 2  # a longer picture loses its ends: unbounded, a 1x10000 strip would fill the disk
-MAX_UNREADABLE = 0.1  # the part of the pictures that may be unreadable before the folder is taken for broken
+MIN_SIDE = 8  # pixels; a smaller image shows nothing
+MAX_ASPECT = 2  # a longer image loses its ends: unbounded, a 1x10000 strip would fill the disk
+MAX_UNREADABLE = 0.1  # the part of the images that may be unreadable before the folder is taken for broken
 FEW_UNREADABLE = 3  # and that many may always be
 
-# Such a picture is refused by name below; Pillow's warning would only repeat it.
+# Such an image is refused by name below; Pillow's warning would only repeat it.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 class PackedImages:
-    """The pictures of a packed folder, read from a memory map.
+    """The images of a packed folder, read from a memory map.
 
     Attributes:
         classes: their names; a label is an index into them.
         labels: int64 [N].
-        content: a digest of pixels, labels, classes and split: the same pictures have the same, wherever and
+        content: a digest of pixels, labels, classes and split: the same images have the same, wherever and
             whenever they were packed.
-        unreadable: (path, reason) of each picture that was left out.
+        unreadable: (path, reason) of each image that was left out.
 
     Pickles by path, so that a loader's worker process maps the file itself.
     """
@@ -74,11 +74,11 @@ class PackedImages:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """The picture, uint8 [height, width, 3], a view of the map (copied on writing)."""
+        """The image, uint8 [height, width, 3], a view of the map (copied on writing)."""
         return self._pixels[self._offsets[index] : self._offsets[index + 1]].reshape(self._shapes[index])
 
     def indices(self, split: str) -> np.ndarray:
-        """int64 indices of the pictures of `train` or `val`."""
+        """int64 indices of the images of `train` or `val`."""
         return np.flatnonzero(self._is_train == (split == "train"))
 
     def __reduce__(self) -> tuple:
@@ -86,14 +86,14 @@ class PackedImages:
 
 
 def packed(source: ImageFolder, short_side: int, fallback: Path) -> PackedImages:
-    """The pictures of `source` packed with a shorter side of at most `short_side` pixels; packs them first
-    if that was not done before. Small pictures are never enlarged.
+    """The images of `source` packed with a shorter side of at most `short_side` pixels; packs them first
+    if that was not done before. Small images are never enlarged.
 
     Args:
         fallback: a folder for the packed files where the one beside `source` cannot be written.
 
     Raises:
-        UserError: too many unreadable pictures, a class without a readable one, a full disk.
+        UserError: too many unreadable images, a class without a readable one, a full disk.
     """
     name = f"{short_side}px-{_key(source, short_side)}"
     beside = source.root.resolve().with_name(source.root.resolve().name + ".packed")
@@ -110,7 +110,7 @@ def packed(source: ImageFolder, short_side: int, fallback: Path) -> PackedImages
             return images
 
     place = places[0] if _is_writable(beside) else places[1]
-    log.info("Packing %d pictures of %s (once) into %s", len(source.files), source.root, place)
+    log.info("Packing %d images of %s (once) into %s", len(source.files), source.root, place)
     try:
         with atomic_folder(place) as partial:
             _pack(source, short_side, partial)
@@ -164,14 +164,14 @@ def _pack(source: ImageFolder, short_side: int, folder: Path) -> None:
     if len(unreadable) > max(FEW_UNREADABLE, MAX_UNREADABLE * len(source.files)):
         path, reason = unreadable[0]
         raise UserError(
-            f"{source.root}: {len(unreadable)} of {len(source.files)} pictures cannot be read, "
+            f"{source.root}: {len(unreadable)} of {len(source.files)} images cannot be read, "
             f"the first of them {path} ({reason}); mend or remove them"
         )
     present = Counter((image["split"], image["label"]) for image in images)
     for split in ("train", "val"):
         for label, name in enumerate(source.classes):
             if not present[split, label]:
-                raise UserError(f"{source.root}: the class {name!r} has no readable picture for {split}")
+                raise UserError(f"{source.root}: the class {name!r} has no readable image for {split}")
     index = {
         "classes": source.classes,
         "images": images,
@@ -185,7 +185,7 @@ def _report_unreadable(source: ImageFolder, unreadable: list[tuple[str, str]]) -
     for path, reason in unreadable[:10]:
         log.warning("Left out %s: %s", source.root / path, reason)
     if len(unreadable) > 10:
-        log.warning("Left out %d more pictures that cannot be read", len(unreadable) - 10)
+        log.warning("Left out %d more images that cannot be read", len(unreadable) - 10)
 
 
 def _decode_all(source: ImageFolder, short_side: int) -> Iterator[tuple[ImageFile, np.ndarray | str]]:
@@ -216,11 +216,11 @@ def _decode(path: Path, short_side: int) -> np.ndarray | str:
 
 
 def decode(path: Path, short_side: int) -> np.ndarray:
-    """One picture as uint8 [height, width, 3]: upright (EXIF), RGB on white, its shorter side at most
+    """One image as uint8 [height, width, 3]: upright (EXIF), RGB on white, its shorter side at most
     `short_side` pixels, its longer one cut to at most twice that. Of an animation, the first frame.
 
     Raises:
-        OSError, ValueError and whatever Pillow raises: it is no picture, is cut off, is a decompression bomb.
+        OSError, ValueError and whatever Pillow raises: it is no image, is cut off, is a decompression bomb.
     """
     with Image.open(path) as image:
         width, height = image.size

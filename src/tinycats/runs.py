@@ -49,46 +49,46 @@ def unknown(name: str, place: str, known: list[str]) -> str:
     return f"--resume {name}: no such run in {place} (there: {', '.join(known) or 'none'})"
 
 
-def resumed_state(output_dir: Path, resume: str) -> Path:
-    """The state file that `--resume` means: the newest one of the run of that name, or the file of that path.
-    The run goes on in the folder where its state lies.
+def resumed_checkpoint(output_dir: Path, resume: str) -> Path:
+    """The checkpoint file that `--resume` means: the newest one of the run of that name, or the file of that path.
+    The run goes on in the folder where its checkpoint lies.
 
     Raises:
-        UserError: there is no such file or run, or the run never saved a state.
+        UserError: there is no such file or run, or the run never saved a checkpoint.
     """
     if resume.endswith(".pt"):
         if not Path(resume).is_file():
             raise UserError(f"--resume {resume}: no such file")
         return Path(resume)
     folder = folder_of(output_dir, resume)
-    if not checkpoints.has_state(folder):
-        known = sorted(path.name for path in output_dir.glob("runs/*") if checkpoints.has_state(path))
+    if not checkpoints.has_checkpoint(folder):
+        known = sorted(path.name for path in output_dir.glob("runs/*") if checkpoints.has_checkpoint(path))
         raise UserError(unknown(resume, str(output_dir / "runs"), known))
-    return folder / checkpoints.STATE
+    return folder / checkpoints.CHECKPOINT
 
 
 def starting_point(options: argparse.Namespace, script: str) -> tuple[Path, dict[str, Any] | None]:
-    """Where a command's run lives and the state to go on from, None for a new run.
+    """Where a command's run lives and the checkpoint to go on from, None for a new run.
 
     A new run's name must be free. On Modal an attempt that follows another's death brings the same
-    `options.submission`, by which it knows the state that it finds for its own.
+    `options.submission`, by which it knows the checkpoint that it finds for its own.
 
     Raises:
-        UserError: no such run to resume, or another script's; a name that is taken; no state that is whole.
+        UserError: no such run to resume, or another script's; a name that is taken; no checkpoint that is whole.
     """
     if options.resume:
-        path = resumed_state(options.output_dir, options.resume)
-        state = checkpoints.load_state(path)
-        if state.get("script") != script:
-            raise UserError(f"{path} is a state of {state.get('script')}, not of {script}")
-        return path.parent, state
+        path = resumed_checkpoint(options.output_dir, options.resume)
+        checkpoint = checkpoints.load_checkpoint(path)
+        if checkpoint.get("script") != script:
+            raise UserError(f"{path} is a checkpoint of {checkpoint.get('script')}, not of {script}")
+        return path.parent, checkpoint
     folder = folder_of(options.output_dir, options.run or new_name())
-    if not checkpoints.has_state(folder):
+    if not checkpoints.has_checkpoint(folder):
         return folder, None
-    state = checkpoints.load_state(folder / checkpoints.STATE)
-    if options.submission is None or state["submission"] != options.submission:
+    checkpoint = checkpoints.load_checkpoint(folder / checkpoints.CHECKPOINT)
+    if options.submission is None or checkpoint["submission"] != options.submission:
         raise UserError(taken(folder.name))
-    return folder, state
+    return folder, checkpoint
 
 
 def log_to_stdout() -> None:
@@ -103,14 +103,14 @@ def log_to_stdout() -> None:
 
 
 class Run:
-    """An open run: keeps its state, its `metrics.jsonl` and its TensorBoard events; from `open_run`.
+    """An open run: keeps its checkpoint, its `metrics.jsonl` and its TensorBoard events; from `open_run`.
 
-    No file of the folder stays open while the state is made durable: Modal's volumes want it so.
+    No file of the folder stays open while the checkpoint is made durable: Modal's volumes want it so.
 
     Attributes:
         folder: the run's folder; its name is what `--resume` calls the run.
-        metrics: every recorded row, which the state carries along: a run that is resumed has in
-            `metrics.jsonl` exactly the rows that lead up to its state.
+        metrics: every recorded row, which the checkpoint carries along: a run that is resumed has in
+            `metrics.jsonl` exactly the rows that lead up to its checkpoint.
     """
 
     def __init__(
@@ -152,10 +152,12 @@ class Run:
                     self._tensorboard.add_scalar(key, value, row["step"])
             self._tensorboard.flush()
         except OSError as error:
-            raise UserError(f"cannot write to {self.folder}: {error.strerror}; the saved state is untouched") from error
+            raise UserError(
+                f"cannot write to {self.folder}: {error.strerror}; the saved checkpoint is untouched"
+            ) from error
 
-    def picture(self, name: str, picture: "torch.Tensor", step: int) -> None:
-        """Keep a picture, uint8 [3, H, W], as `<name>/step_NNNNNNN.png` and in TensorBoard.
+    def image(self, name: str, image: "torch.Tensor", step: int) -> None:
+        """Keep an image, uint8 [3, H, W], as `<name>/step_NNNNNNN.png` and in TensorBoard.
 
         Raises:
             UserError: the disk is full.
@@ -166,31 +168,35 @@ class Run:
             path = self.folder / name / f"step_{step:07}.png"
             path.parent.mkdir(exist_ok=True)
             with atomic_write(path) as file:
-                file.write(encode_png(picture).numpy().tobytes())
-            self._tensorboard.add_image(name, picture, step)
+                file.write(encode_png(image).numpy().tobytes())
+            self._tensorboard.add_image(name, image, step)
             self._tensorboard.flush()
         except OSError as error:
-            raise UserError(f"cannot write to {self.folder}: {error.strerror}; the saved state is untouched") from error
+            raise UserError(
+                f"cannot write to {self.folder}: {error.strerror}; the saved checkpoint is untouched"
+            ) from error
 
     @property
     def save_due(self) -> bool:
         """Whether it is time to save: the clock says so, or the run was asked to stop."""
         return self._stop.requested is not None or time.monotonic() - self._saved_at > self._save_every
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Save the state, durably; and leave, if the run was asked to stop.
+    def save(self, checkpoint: dict[str, Any]) -> None:
+        """Save the checkpoint, durably; and leave, if the run was asked to stop.
 
         Raises:
-            UserError: the disk is full; the state saved before is untouched.
+            UserError: the disk is full; the checkpoint saved before is untouched.
             Stopped: a stop signal came.
         """
-        checkpoints.save_state(self.folder, state)
+        checkpoints.save_checkpoint(self.folder, checkpoint)
         self._machine.persist()
         self._saved_at = time.monotonic()
         if self._stop.requested is not None:
-            log.info("Saved at step %d, and stopping", state["step"])
+            log.info("Saved at step %d, and stopping", checkpoint["step"])
             resume = self._machine.how_to_resume(self.folder)
-            raise Stopped(self._stop.requested, f"the run is saved at step {state['step']}; go on with it: {resume}")
+            raise Stopped(
+                self._stop.requested, f"the run is saved at step {checkpoint['step']}; go on with it: {resume}"
+            )
 
     def close(self) -> None:
         """Close the files."""

@@ -1,4 +1,4 @@
-"""How far drawn pictures are from real ones, without any network: the sliced Wasserstein distance between
+"""The distance of samples from real images, without any network: the sliced Wasserstein distance between
 their small patches, at each scale of a Laplacian pyramid (Karras et al., arXiv 1710.10196, section 5)."""
 
 import numpy as np
@@ -54,7 +54,7 @@ def _double(images: torch.Tensor) -> torch.Tensor:
 
 def laplacian_pyramid(images: torch.Tensor) -> list[torch.Tensor]:
     """float [B, C, S, S] -> what is seen at S pixels and no longer at S / 2, at S / 2 and no longer at S / 4, and
-    so on; the last level is the picture at 16 pixels (or at the first odd size) itself."""
+    so on; the last level is the image at 16 pixels (or at the first odd size) itself."""
     levels = [images]
     while levels[-1].shape[-1] % 2 == 0 and levels[-1].shape[-1] > SMALLEST_SIDE:
         smaller = _halve(levels[-1])
@@ -67,23 +67,23 @@ def _patches(level: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """[B, C, H, W] -> [B * PATCHES_PER_IMAGE, C * 7 * 7]: random patches, each channel of them standardized."""
     batch, _, height, width = level.shape
     count = batch * PATCHES_PER_IMAGE
-    picture = torch.arange(batch).repeat_interleave(PATCHES_PER_IMAGE)
+    image = torch.arange(batch).repeat_interleave(PATCHES_PER_IMAGE)
     top = torch.randint(height - NEIGHBOURHOOD + 1, (count,), generator=generator)
     left = torch.randint(width - NEIGHBOURHOOD + 1, (count,), generator=generator)
     windows = level.unfold(2, NEIGHBOURHOOD, 1).unfold(3, NEIGHBOURHOOD, 1)  # [B, C, y, x, 7, 7], not copied
-    patches = windows[picture, :, top, left]
+    patches = windows[image, :, top, left]
     patches = patches - patches.mean(dim=(0, 2, 3), keepdim=True)
     return (patches / patches.std(dim=(0, 2, 3), keepdim=True).clamp_min(1e-6)).flatten(1)
 
 
 def pyramid_distances(first: torch.Tensor, second: torch.Tensor, seed: int = 0) -> dict[int, float]:
-    """The sliced Wasserstein distance, times 1000, of two sets of pictures at each level of their pyramids.
+    """The sliced Wasserstein distance, times 1000, of two sets of images at each level of their pyramids.
 
     As in the paper's code each set's patches are standardized by their own mean and deviation: what is compared
     is structure, not brightness or contrast.
 
     Args:
-        first, second: [B, C, S, S], any range; as many pictures in both, of at least 8 pixels.
+        first, second: [B, C, S, S], any range; as many images in both, of at least 8 pixels.
 
     Returns:
         The side of each level, in pixels, to the distance there; fine detail first.
@@ -92,7 +92,7 @@ def pyramid_distances(first: torch.Tensor, second: torch.Tensor, seed: int = 0) 
         ValueError: the sets differ in shape, or are empty.
     """
     if first.shape != second.shape or not len(first):
-        raise ValueError(f"two sets of as many pictures are compared, not {[*first.shape]} and {[*second.shape]}")
+        raise ValueError(f"two sets of as many images are compared, not {[*first.shape]} and {[*second.shape]}")
     generator = torch.Generator().manual_seed(seed)
     return {
         one.shape[-1]: 1000 * sliced_wasserstein(_patches(one, generator), _patches(other, generator), generator)

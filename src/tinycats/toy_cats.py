@@ -27,20 +27,20 @@ def draw_toy_cats(folder: Path, seed: int = 0, images: dict[str, int] = IMAGES) 
             for class_number, (name, draw) in enumerate(CLASSES.items()):
                 (partial / split / name).mkdir(parents=True)
                 for number in range(count):
-                    random = np.random.default_rng((seed, split_number, class_number, number))
-                    draw(random).save(partial / split / name / f"{number:03}.png", compress_level=1)
+                    rng = np.random.default_rng((seed, split_number, class_number, number))
+                    draw(rng).save(partial / split / name / f"{number:03}.png", compress_level=1)
 
 
 class _Canvas:
-    """A square picture in units of its side, drawn large and scaled down: smooth edges."""
+    """A square image in units of its side, drawn large and scaled down: smooth edges."""
 
-    def __init__(self, random: np.random.Generator):
-        self.random = random
+    def __init__(self, rng: np.random.Generator):
+        self.rng = rng
         self.side = SIZE * SUPERSAMPLING
-        self.image = Image.new("RGB", (self.side, self.side), _pastel(random))
+        self.image = Image.new("RGB", (self.side, self.side), _pastel(rng))
         self.draw = ImageDraw.Draw(self.image)
-        horizon = random.uniform(0.55, 0.85) * self.side
-        self.draw.rectangle((0, horizon, self.side, self.side), fill=_pastel(random))
+        horizon = rng.uniform(0.55, 0.85) * self.side
+        self.draw.rectangle((0, horizon, self.side, self.side), fill=_pastel(rng))
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, fill: Colour) -> None:
         s = self.side
@@ -55,40 +55,40 @@ class _Canvas:
 
     def finish(self) -> Image.Image:
         small = self.image.resize((SIZE, SIZE), Image.Resampling.BOX)
-        noise = self.random.normal(0, 3, (SIZE, SIZE, 3))
+        noise = self.rng.normal(0, 3, (SIZE, SIZE, 3))
         return Image.fromarray((np.asarray(small) + noise).clip(0, 255).astype(np.uint8))
 
 
-def _pastel(random: np.random.Generator) -> Colour:
-    red, green, blue = colorsys.hsv_to_rgb(random.uniform(), random.uniform(0.1, 0.35), random.uniform(0.7, 0.95))
+def _pastel(rng: np.random.Generator) -> Colour:
+    red, green, blue = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.1, 0.35), rng.uniform(0.7, 0.95))
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _vivid(random: np.random.Generator) -> Colour:
-    red, green, blue = colorsys.hsv_to_rgb(random.uniform(), random.uniform(0.5, 0.9), random.uniform(0.4, 0.9))
+def _vivid(rng: np.random.Generator) -> Colour:
+    red, green, blue = colorsys.hsv_to_rgb(rng.uniform(), rng.uniform(0.5, 0.9), rng.uniform(0.4, 0.9))
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def _near(colour: Colour, random: np.random.Generator) -> Colour:
+def _near(colour: Colour, rng: np.random.Generator) -> Colour:
     """The colour a little lighter or darker, and a very little off in hue."""
-    levels = np.array(colour) + random.normal(0, 10) + random.normal(0, 4, 3)
+    levels = np.array(colour) + rng.normal(0, 10) + rng.normal(0, 4, 3)
     red, green, blue = (round(level) for level in levels.clip(0, 255).tolist())
     return red, green, blue
 
 
 def _cat(
-    random: np.random.Generator, fur: Colour, *, stripes: Colour | None = None, points: Colour | None = None
+    rng: np.random.Generator, fur: Colour, *, stripes: Colour | None = None, points: Colour | None = None
 ) -> Image.Image:
     """A sitting cat seen from the front. `points` are the dark ears, face, paws and tail of a Siamese."""
-    canvas = _Canvas(random)
-    fur = _near(fur, random)
-    dark = _near(points, random) if points else fur
-    x, y, size = random.uniform(0.42, 0.58), random.uniform(0.36, 0.46), random.uniform(0.8, 1.1)
+    canvas = _Canvas(rng)
+    fur = _near(fur, rng)
+    dark = _near(points, rng) if points else fur
+    x, y, size = rng.uniform(0.42, 0.58), rng.uniform(0.36, 0.46), rng.uniform(0.8, 1.1)
 
     def at(dx: float, dy: float) -> tuple[float, float]:
         return x + dx * size, y + dy * size
 
-    side = random.choice((-1, 1))
+    side = rng.choice((-1, 1))
     canvas.line([at(side * 0.15, 0.42), at(side * 0.3, 0.38), at(side * 0.33, 0.18)], dark, 0.05 * size)
     canvas.ellipse(*at(0, 0.34), 0.18 * size, 0.25 * size, fur)
     for sign in (-1, 1):
@@ -106,7 +106,7 @@ def _cat(
                 canvas.line([at(sign * 0.17, height - 0.02), at(sign * 0.06, height)], stripes, 0.03 * size)
         for sign in (-1, 1):
             canvas.line([at(sign * 0.21, 0.02), at(sign * 0.13, 0.04)], stripes, 0.025 * size)
-    eyes = (90, 150, 230) if points else _near((200, 205, 70), random)
+    eyes = (90, 150, 230) if points else _near((200, 205, 70), rng)
     for sign in (-1, 1):
         canvas.ellipse(*at(sign * 0.085, -0.02), 0.045 * size, 0.04 * size, eyes)
         canvas.ellipse(*at(sign * 0.085, -0.02), 0.014 * size, 0.036 * size, (20, 20, 20))
@@ -114,28 +114,28 @@ def _cat(
     return canvas.finish()
 
 
-def _ginger(random: np.random.Generator) -> Image.Image:
-    return _cat(random, (226, 136, 52), stripes=(176, 88, 22))
+def _ginger(rng: np.random.Generator) -> Image.Image:
+    return _cat(rng, (226, 136, 52), stripes=(176, 88, 22))
 
 
-def _black(random: np.random.Generator) -> Image.Image:
-    return _cat(random, (38, 36, 40))
+def _black(rng: np.random.Generator) -> Image.Image:
+    return _cat(rng, (38, 36, 40))
 
 
-def _siamese(random: np.random.Generator) -> Image.Image:
-    return _cat(random, (233, 217, 190), points=(84, 62, 52))
+def _siamese(rng: np.random.Generator) -> Image.Image:
+    return _cat(rng, (233, 217, 190), points=(84, 62, 52))
 
 
-def _tabby(random: np.random.Generator) -> Image.Image:
-    return _cat(random, (142, 142, 146), stripes=(62, 62, 68))
+def _tabby(rng: np.random.Generator) -> Image.Image:
+    return _cat(rng, (142, 142, 146), stripes=(62, 62, 68))
 
 
-def _other(random: np.random.Generator) -> Image.Image:
+def _other(rng: np.random.Generator) -> Image.Image:
     """A house, a ball, a tree or a fish."""
-    canvas = _Canvas(random)
-    colour, second = _vivid(random), _vivid(random)
-    x, y, size = random.uniform(0.4, 0.6), random.uniform(0.45, 0.58), random.uniform(0.24, 0.34)
-    kind = random.integers(4)
+    canvas = _Canvas(rng)
+    colour, second = _vivid(rng), _vivid(rng)
+    x, y, size = rng.uniform(0.4, 0.6), rng.uniform(0.45, 0.58), rng.uniform(0.24, 0.34)
+    kind = rng.integers(4)
     if kind == 0:
         canvas.polygon([(x - size, y), (x + size, y), (x + size, y + 1.2 * size), (x - size, y + 1.2 * size)], colour)
         canvas.polygon([(x - 1.2 * size, y), (x + 1.2 * size, y), (x, y - size)], second)
@@ -155,10 +155,10 @@ def _other(random: np.random.Generator) -> Image.Image:
                 y - 0.3 * size + offset * math.sin(angle),
                 0.6 * size,
                 0.6 * size,
-                _near((60, 140, 60), random),
+                _near((60, 140, 60), rng),
             )
     else:
-        side = random.choice((-1, 1))
+        side = rng.choice((-1, 1))
         canvas.ellipse(x, y, 1.1 * size, 0.6 * size, colour)
         tail = [(x + side * size, y), (x + side * 1.6 * size, y - 0.5 * size), (x + side * 1.6 * size, y + 0.5 * size)]
         canvas.polygon(tail, second)

@@ -31,12 +31,12 @@ def test_every_command_that_trains_in_the_documents_is_accepted(script, tmp_path
     commands = commands_of(script.PARSER.prog)
     assert len(commands) > 8
     monkeypatch.chdir(tmp_path)
-    for folder in ("data/cats", "path/to/pictures", "cat-faces-64"):
+    for folder in ("data/cats", "path/to/images", "cat-faces-64"):
         Path(folder).mkdir(parents=True)
     for run in ("20260225-100000-1f3a", "RUN"):
-        state = Path("outputs/runs", run, "state.pt")
-        state.parent.mkdir(parents=True)
-        state.touch()
+        checkpoint = Path("outputs/runs", run, "state.pt")
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.touch()
     for arguments, on_modal in commands:
         words = shlex.split(arguments)
         if "--help" in words:
