@@ -1,7 +1,9 @@
 """Batches as a function of (seed, step): the same ones whatever the number of workers or of interruptions."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -82,3 +84,11 @@ def load_batches(batches: Dataset, order: Iterable[int], num_workers: int, pin_m
 
 def _init_worker(_number: int) -> None:
     leave_stop_signals_to_parent()
+    sys.excepthook = _report_unless_parent_is_gone
+
+
+def _report_unless_parent_is_gone(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    # A parent that is killed while it takes a batch over leaves the worker's thread at the other end of a closed
+    # pipe: no fault of the worker's, and its traceback would bury what the user should read.
+    if not isinstance(error, (EOFError, ConnectionError)):
+        sys.__excepthook__(kind, error, trace)

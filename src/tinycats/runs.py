@@ -133,6 +133,9 @@ class Run:
         with atomic_write(folder / "metrics.jsonl") as file:
             file.writelines(_json_line(row) for row in metrics)
         self._tensorboard = SummaryWriter(folder, purge_step=step + 1 if step else None)
+        # Its thread would write the purge at a time of its own. A loader's worker process forked at that very
+        # moment would keep the file open for as long as it lives, and no commit would work any more.
+        self._tensorboard.flush()
 
     def record(self, row: dict[str, Any]) -> None:
         """Add a row: a `step`, and numbers or dicts of numbers, none of which depends on the clock.
