@@ -15,6 +15,7 @@ import logging
 import math
 import sys
 import time
+from typing import Any
 
 import modal
 
@@ -144,15 +145,16 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     device = devices.choose(options.mixed_precision, expects_gpu=machine.expects_gpu)
     torch.manual_seed(seed_for(options.seed, INITIALISATION))
     model = classifier.build(options.backbone, len(classes), pretrained=options.pretrained and not checkpoint)
-    model.to(device.device, memory_format=torch.channels_last)
+    model.to(device.device).to(memory_format=torch.channels_last)
     parallel_model = device.over_all_gpus(model)
     optimizer = adamw(model, options.lr, options.weight_decay)
     schedule = warmup_cosine(optimizer, round(options.warmup_epochs * batches.steps_per_epoch), total_steps)
 
     # All that changes while training. Random numbers are derived from (seed, step) and are not part of it.
-    step, epoch_loss, best, metrics = 0, torch.zeros((), device=device.device), None, []
+    step, epoch_loss, metrics = 0, torch.zeros((), device=device.device), []
+    best: dict[str, Any] = {}
     if checkpoint:
-        step, best, metrics = checkpoint["step"], checkpoint["best"], checkpoint["metrics"]
+        step, best, metrics = checkpoint["step"], checkpoint["best"] or {}, checkpoint["metrics"]
         epoch_loss += checkpoint["epoch_loss"].to(device.device)
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -246,8 +248,9 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
 
             seconds = time.perf_counter() - began
             results = evaluate()
-            if results is None:
-                run.save(current_checkpoint())  # leaves; this epoch is evaluated when the run goes on
+            if results is None:  # this epoch is evaluated when the run goes on
+                run.save(current_checkpoint())
+                raise AssertionError("saving leaves a run that was asked to stop")
             train_loss = epoch_loss.item() / batches.steps_per_epoch
             epoch_loss.zero_()
             require_finite(train_loss + results["val_loss"])
@@ -261,7 +264,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
 
             # Balanced: most of data/cats is dogs, and whoever always says `other` is right most of the time.
             rank = [results["balanced_accuracy"], -results["val_loss"]]
-            if best is None or rank > best["rank"]:
+            if not best or rank > best["rank"]:
                 weights = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
                 best = {"rank": rank, "metrics": {"epoch": epoch, **results}, "state_dict": weights}
             run.save(current_checkpoint())

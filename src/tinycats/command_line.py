@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from tinycats import checkpoints, runs
 from tinycats.data_dirs import CATS, TOY, is_cats, problem_with
-from tinycats.errors import UserError
+from tinycats.errors import UserError, looking_at_what_the_user_named
 from tinycats.machines import ThisMachine
 from tinycats.signals import Stopped, StopSignals
 
@@ -182,7 +182,11 @@ class Parser(argparse.ArgumentParser):
         if options.run and options.resume:
             self.error("--run names a new run and --resume an old one: give one of them")
         if not on_modal:
-            self._check_laptop(options)
+            try:
+                with looking_at_what_the_user_named():
+                    self._check_laptop(options)
+            except UserError as error:
+                self.error(str(error))
         self.check(options)
         return options
 
@@ -194,13 +198,11 @@ class Parser(argparse.ArgumentParser):
             self.error(f"--{name} is for Modal (modal run src/{self.prog} …); here the run uses what the machine has")
         if "data_dir" in options.given and (problem := problem_with(options.data_dir)):
             self.error(problem)
+        options.output_dir.exists()  # raises for a path that the system will not take
         if options.resume:
-            try:
-                runs.resumed_checkpoint(options.output_dir, options.resume)
-            except UserError as error:
-                self.error(str(error))
+            runs.resumed_checkpoint(options.output_dir, options.resume)
         if options.run and checkpoints.has_checkpoint(runs.folder_of(options.output_dir, options.run)):
-            self.error(f"the run {options.run} exists; go on with it by --resume {options.run}, or choose another name")
+            self.error(runs.taken(options.run))
 
 
 def resumed_options(options: Options, saved: dict) -> Options:

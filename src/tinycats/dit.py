@@ -111,6 +111,8 @@ class TinyDiT(nn.Module):
     The class `num_classes` is the null class, which stands for no class at all: guidance needs it.
     """
 
+    position: torch.Tensor
+
     def __init__(
         self,
         num_classes: int,
@@ -144,11 +146,13 @@ class TinyDiT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.y_embedder.weight, std=0.02)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
-        for block in self.blocks:
-            nn.init.zeros_(block.adaLN_modulation[-1].weight)
-        nn.init.zeros_(self.final_layer.adaLN_modulation[-1].weight)
+        for parameter in self.t_embedder.mlp.parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+        for module in self.modules():
+            if isinstance(module, Block | FinalLayer):
+                for parameter in module.adaLN_modulation.parameters():
+                    nn.init.zeros_(parameter)
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def forward(self, images: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:

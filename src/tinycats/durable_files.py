@@ -14,9 +14,17 @@ def partial_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+_SYNCABLE = os.O_RDWR if os.name == "nt" else os.O_RDONLY  # Windows syncs only what may be written
+
+
 def _sync(path: Path) -> None:
     """Make a file, or the names in a folder, survive a power cut: a rename lasts once its folder is synced."""
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, _SYNCABLE)
+    except PermissionError:
+        if path.is_dir():  # Windows opens no folder, and keeps its names without being told
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:

@@ -1,9 +1,7 @@
 """EMA: the exponential moving average of a model's weights, which samples better than the weights themselves."""
 
-from collections.abc import Sequence
-
 import torch
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import PARAM_LIST, AveragedModel
 
 
 def ema_model(model: torch.nn.Module, beta: float) -> AveragedModel:
@@ -13,7 +11,7 @@ def ema_model(model: torch.nn.Module, beta: float) -> AveragedModel:
     noise that it began from.
     """
 
-    def move(averages: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], updates: torch.Tensor) -> None:
+    def move(averages: PARAM_LIST, weights: PARAM_LIST, updates: torch.Tensor | int) -> None:
         count = int(updates)
         decay = min(beta, (1 + count) / (10 + count))
         torch._foreach_lerp_(list(averages), list(weights), 1 - decay)

@@ -1,5 +1,8 @@
 """The two ways in which a run is refused; each message is the one line its user reads."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """A mistake that only the user can mend (bad data, an impossible option, a diverged loss).
@@ -11,3 +14,16 @@ class UserError(Exception):
 
 class TransientError(UserError):
     """Something outside the run failed (a download, a volume): trying again later may well work."""
+
+
+@contextmanager
+def looking_at_what_the_user_named() -> Iterator[None]:
+    """Paths that the system will not look at: too long a name, a folder without permission, a loop of links.
+
+    Raises:
+        UserError: an OSError arose within.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {(error.strerror or str(error)).lower()}") from error

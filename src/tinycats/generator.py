@@ -99,9 +99,16 @@ class Generator:
             raise UserError(f"there is no class {unknown[0]!r}; there are {', '.join(self.classes)}")
         noise = starting_noise(len(names), self.model.image_size, seed)
         labels = torch.tensor([self.classes.index(name) for name in names])
-        settings = {"steps": steps, "guidance_scale": self.guidance_scale, "method": method}
         samples = [
-            sample(self.model, part, some, self.model.null_class, **settings)
+            sample(
+                self.model,
+                part,
+                some,
+                self.model.null_class,
+                steps=steps,
+                guidance_scale=self.guidance_scale,
+                method=method,
+            )
             for part, some in zip(noise.split(batch_size), labels.split(batch_size), strict=True)
         ]
         return to_bytes(torch.cat(samples)) if samples else torch.empty(0, dtype=torch.uint8)

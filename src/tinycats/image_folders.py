@@ -10,7 +10,7 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinycats.errors import UserError
+from tinycats.errors import UserError, looking_at_what_the_user_named
 
 IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"])
 HELD_OUT = 0.2  # the part of each class that validates, where the folder itself does not say
@@ -44,12 +44,10 @@ def scan(root: Path) -> ImageFolder:
         UserError: no such folder, no class folders, a class without images, classes that differ between
             `train` and `val`.
     """
-    if not root.is_dir():
-        raise UserError(f"{root} is {'not a folder' if root.exists() else 'not there'}")
-    try:
+    with looking_at_what_the_user_named():
+        if not root.is_dir():
+            raise UserError(f"{root} is {'not a folder' if root.exists() else 'not there'}")
         return _scan(root)
-    except PermissionError as error:
-        raise UserError(f"cannot read {error.filename}: permission denied") from error
 
 
 def _scan(root: Path) -> ImageFolder:

@@ -1,8 +1,11 @@
 """Where a run takes place: what a training loop asks of its machine, and the answers of an ordinary one."""
 
 import os
-from pathlib import Path
+from contextlib import AbstractContextManager
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
+
+from tinycats.errors import UserError
 
 if TYPE_CHECKING:
     from tinycats.packed_images import PackedImages
@@ -31,10 +34,25 @@ class ThisMachine:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return min(8, cores) if on_gpu else min(2, cores // 2)
 
+    def lock(self, run: Path) -> AbstractContextManager[object]:
+        """Keeps other processes off the run in the folder `run` until it is left, by the file `.lock` there.
+
+        Raises:
+            UserError: another process is training this run.
+            OSError: the folder cannot be written.
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(run / ".lock")
+        try:
+            return lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(f"another process is training {run}") from None
+
     def persist(self) -> None:
         """Make durable what has been written; here it is already."""
 
-    def how_to_resume(self, run: Path) -> str:
+    def how_to_resume(self, run: PurePath) -> str:
         """The command that goes on with the run in the folder `run`."""
         by_name = run.parent == Path("outputs/runs")
         return f"python src/{self.script} --resume {run.name if by_name else run / 'state.pt'}"

@@ -16,7 +16,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import modal
@@ -24,7 +25,7 @@ import modal
 from tinycats import checkpoints, runs
 from tinycats.command_line import Options, Parser, run_name
 from tinycats.data_dirs import is_cats, is_toy
-from tinycats.errors import TransientError, UserError
+from tinycats.errors import TransientError, UserError, looking_at_what_the_user_named
 from tinycats.image_folders import ImageFolder, scan
 from tinycats.machines import ThisMachine
 from tinycats.signals import StopSignals
@@ -37,8 +38,11 @@ log = logging.getLogger(__name__)
 OUTPUTS_VOLUME, DATASET_VOLUME = "cats-model-outputs", "cats-dataset"
 OUTPUTS = modal.Volume.from_name(OUTPUTS_VOLUME, create_if_missing=True)
 DATASET = modal.Volume.from_name(DATASET_VOLUME, create_if_missing=True)
-OUTPUTS_MOUNT, DATASET_MOUNT = Path("/outputs"), Path("/data")
-VOLUMES = {str(OUTPUTS_MOUNT): OUTPUTS, str(DATASET_MOUNT): DATASET}
+OUTPUTS_MOUNT, DATASET_MOUNT = PurePosixPath("/outputs"), PurePosixPath("/data")  # on a Windows laptop too
+VOLUMES: dict[str | PurePosixPath, modal.Volume | modal.CloudBucketMount] = {
+    OUTPUTS_MOUNT: OUTPUTS,
+    DATASET_MOUNT: DATASET,
+}
 
 REPOSITORY = Path(__file__).parents[2]  # on the laptop; in a container there is none
 IMAGE = (
@@ -80,7 +84,7 @@ def parsed_at_import(parser: Parser, script: str) -> Options | None:
 
 def script_arguments(argv: Sequence[str], script: str) -> list[str] | None:
     """What follows the script in `modal run [options] src/train.py[::main] …`; None for other commands."""
-    if Path(argv[0]).name not in ("modal", "__main__.py") or "run" not in argv:
+    if Path(argv[0]).stem not in ("modal", "__main__") or "run" not in argv:
         return None
     start = list(argv).index("run") + 1
     for position, word in enumerate(argv[start:], start):
@@ -98,14 +102,13 @@ def _check(options: Options) -> None:
         except argparse.ArgumentTypeError as error:
             raise UserError(f"--resume: on Modal it is a run's name; {error}") from None
     local = options.data_dir
-    in_volume = volume_path(local)
-    if in_volume is None:
+    with looking_at_what_the_user_named():
+        is_here = local.is_dir() and not is_cats(local) and not is_toy(local)
+    if is_here or volume_path(local) is None:
         scan(local)  # missing, empty, a file: known before anything is uploaded
-    elif local.is_dir() and not is_cats(local) and not is_toy(local):
-        scan(local)
 
 
-def output_path(options: Options) -> Path:
+def output_path(options: Options) -> PurePosixPath:
     """Where `--output-dir` lies in a container: `outputs` is the volume's root, `outputs/x` a folder in it.
 
     Raises:
@@ -117,7 +120,7 @@ def output_path(options: Options) -> Path:
     raise UserError(f"--output-dir {options.output_dir}: on Modal it is outputs or a folder in it, on the volume")
 
 
-def volume_path(data_dir: Path) -> Path | None:
+def volume_path(data_dir: Path) -> PurePosixPath | None:
     """Where a path below `data/` lies in a container (`data/cats` is `/data/cats`); None for other paths."""
     parts = data_dir.parts
     if len(parts) > 1 and parts[0] == "data" and ".." not in parts:
@@ -199,7 +202,7 @@ def _list(volume: modal.Volume, folder: PurePosixPath) -> list:
         return []
 
 
-def _provide(data_dir: Path) -> Path:
+def _provide(data_dir: Path) -> PurePosixPath:
     """Where the container finds `data_dir`, uploaded if only this laptop has it."""
     path = volume_path(data_dir)
     if is_cats(data_dir) or is_toy(data_dir):  # the container prepares these itself
@@ -225,7 +228,7 @@ def _provide(data_dir: Path) -> Path:
     return path
 
 
-def _in_volume(path: Path) -> PurePosixPath:
+def _in_volume(path: PurePosixPath) -> PurePosixPath:
     return PurePosixPath("/", path.relative_to(DATASET_MOUNT))
 
 
@@ -281,16 +284,20 @@ class Container(ThisMachine):
         """One for each core that the function asks for (the host may have more, which are others')."""
         return min(int(CPU), os.cpu_count() or 1)
 
+    def lock(self, _run: Path) -> AbstractContextManager[object]:
+        """None: locks do not reach other containers, and a volume cannot be committed while a file on it is open."""
+        return nullcontext()
+
     def persist(self) -> None:
         """Commit the outputs: what the log calls saved can be fetched, and survives this container."""
         _commit(OUTPUTS)
 
     expects_gpu = True
 
-    def how_to_resume(self, run: Path) -> str:
+    def how_to_resume(self, run: PurePath) -> str:
         """The command that goes on with the run."""
-        output_dir = Path("outputs", run.parent.parent.relative_to(OUTPUTS_MOUNT))
-        elsewhere = "" if output_dir == Path("outputs") else f"--output-dir {output_dir} "
+        output_dir = PurePosixPath("outputs", run.parent.parent.relative_to(OUTPUTS_MOUNT))
+        elsewhere = "" if output_dir == PurePosixPath("outputs") else f"--output-dir {output_dir} "
         return f"modal run src/{self.script} {elsewhere}--resume {run.name}"
 
     def how_to_fetch(self, model: Path) -> str:
@@ -329,7 +336,7 @@ def run_in_container(
         Exception: whatever else went wrong; Modal tries again, as the function's retries say.
     """
     options = parser.parse(payload["arguments"], on_modal=True)
-    options.output_dir = output_path(options)
+    options.output_dir = Path(output_path(options))
     options.run, options.submission = payload["run"], payload["submission"]
     if payload["data_dir"]:
         options.data_dir = Path(payload["data_dir"])

@@ -125,6 +125,7 @@ def packed(source: ImageFolder, short_side: int, fallback: Path) -> PackedImages
 def _key(source: ImageFolder, short_side: int) -> str:
     digest = hashlib.sha256(repr((FORMAT, short_side, MIN_SIDE, MAX_ASPECT, source.classes)).encode())
     for file in source.files:
+        facts: tuple[int, int | None]
         try:
             stat = (source.root / file.path).stat()
             facts = (stat.st_size, stat.st_mtime_ns)

@@ -1,19 +1,15 @@
 """A run's folder, `<output-dir>/runs/<run>/`: its name, its lock, its logs and its metrics."""
 
 import argparse
-import fcntl
-import hashlib
 import json
 import logging
-import os
 import secrets
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tinycats import checkpoints
 from tinycats.durable_files import atomic_write
@@ -26,6 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_Path = TypeVar("_Path", bound=PurePath)  # on a laptop, or in a volume that is seen from a laptop
+
 LOG_FORMAT = logging.Formatter("%(asctime)s | %(levelname)-8s | %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
@@ -34,7 +32,7 @@ def new_name() -> str:
     return f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
-def folder_of(output_dir: Path, name: str) -> Path:
+def folder_of(output_dir: _Path, name: str) -> _Path:
     """Where the run of that name lives."""
     return output_dir / "runs" / name
 
@@ -165,13 +163,13 @@ class Run:
         Raises:
             UserError: the disk is full.
         """
-        from torchvision.io import encode_png
+        from PIL import Image
 
         try:
             path = self.folder / name / f"step_{step:07}.png"
             path.parent.mkdir(exist_ok=True)
             with atomic_write(path) as file:
-                file.write(encode_png(image).numpy().tobytes())
+                Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "png")
             self._tensorboard.add_image(name, image, step)
             self._tensorboard.flush()
         except OSError as error:
@@ -231,7 +229,7 @@ def open_run(
     with ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_locked(folder))
+            stack.enter_context(machine.lock(folder))
             file_log = stack.enter_context(_log_to_file(program, folder / "train.log"))
             run = stack.enter_context(closing(Run(folder, metrics, step, stop, machine, save_every)))
         except OSError as error:
@@ -247,18 +245,6 @@ def open_run(
             text = f"Ended by {type(error).__name__}: {error}"
             file_log.handle(logging.LogRecord(log.name, logging.ERROR, __file__, 0, text, None, trace))
             raise
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    # Not in the folder: a volume of Modal's cannot be committed while a file on it is open.
-    name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    with Path(tempfile.gettempdir(), f"tinycats-{os.getuid()}-{name}.lock").open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is training {folder}") from None
-        yield
 
 
 class _LogFile(logging.Handler):

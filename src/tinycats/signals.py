@@ -5,8 +5,12 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Windows has no SIGHUP; what a closed terminal sends there is SIGBREAK.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)
+)
 
 
 class Stopped(KeyboardInterrupt):
@@ -36,7 +40,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.requested: int | None = None
         self._deferring = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
         for signum in STOP_SIGNALS:
@@ -68,6 +72,7 @@ class StopSignals:
 def leave_stop_signals_to_parent() -> None:
     """For a loader's worker process: Ctrl-C reaches every process of the terminal's group, but when training
     stops is the main process's decision. In a group of its own a worker hears of it from the parent alone."""
-    os.setpgrp()
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_DFL)
