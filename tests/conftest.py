@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from modal_cloud import ModalCloud
+from modal_cloud.warm_python import WarmPython
 from pets_mirror import Mirror, serve
 from tinycats import oxford_pets
 from tinycats.toy_cats import draw_toy_cats
@@ -17,16 +19,42 @@ from tinycats.toy_cats import draw_toy_cats
 REPOSITORY = Path(__file__).parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"  # real photos, where a developer has them
 
-# Small enough for a step to take a tenth of a second on two cores.
+WARM_PYTHON = WarmPython()
+
+# Small enough for a step to take a tenth of a second on two cores, and an epoch of small_toy five steps.
 SMALL = ("--image-size", "32", "--batch-size", "8", "--lr", "1e-3", "--no-pretrained")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow tests first: none of them is left over for one process when the others have finished."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
-def small_toy(tmp_path_factory) -> Path:
-    """A toy data set of 80 + 20 images: `<somewhere>/small_toy`."""
-    folder = tmp_path_factory.mktemp("data") / "small_toy"
-    draw_toy_cats(folder, seed=1, images={"train": 16, "val": 4})
-    return folder
+def shared_folder(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """A folder that the first of the tests' processes to want it fills, for all of them."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # where the others' lie too
+
+    def shared(name: str, fill: Callable[[Path], object]) -> Path:
+        folder, is_filled = root / name, root / f"{name}.filled"
+        with FileLock(root / f"{name}.lock"):
+            if not is_filled.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                fill(folder)
+                is_filled.touch()
+        return folder
+
+    return shared
+
+
+@pytest.fixture(scope="session")
+def small_toy(shared_folder) -> Path:
+    """A toy data set of 40 + 20 images: `<somewhere>/small_toy`."""
+    images = {"train": 8, "val": 4}
+    return shared_folder("data", lambda folder: draw_toy_cats(folder / "small_toy", 1, images)) / "small_toy"
 
 
 @pytest.fixture(scope="session")
@@ -38,18 +66,33 @@ def pets_sample() -> Path:
     return folder
 
 
-def script_process(script: str, *arguments: object, cwd: Path, **options) -> subprocess.Popen:
-    """`python src/<script> …` in the folder `cwd`, with its output as text through pipes."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | options.pop("env", {})
-    return subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "src" / script), *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+def script_process(script: str, *arguments: object, cwd: Path, cold: bool = False, **options) -> subprocess.Popen:
+    """`python src/<script> …` in the folder `cwd`, with its output as text through pipes.
+
+    Args:
+        cold: start an ordinary Python, not one that has imported torch already.
+    """
+    options["env"] = os.environ | {"PYTHONUNBUFFERED": "1"} | options.get("env", {})
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options
+    words = [str(REPOSITORY / "src" / script), *map(str, arguments)]
+    if cold:
+        return subprocess.Popen([sys.executable, *words], cwd=cwd, **options)
+    return WARM_PYTHON.popen(words, cwd=cwd, **options)
+
+
+def run_quietly(script: str, *arguments: object, cwd: Path) -> None:
+    """`script_process` to its end, which must be a good one; what it says lies in `cwd` as stdout.txt."""
+    process = script_process(script, *arguments, cwd=cwd)
+    output, errors = process.communicate(timeout=900)
+    assert (process.returncode, errors) == (0, "")
+    (cwd / "stdout.txt").write_text(output)
+
+
+@pytest.fixture(scope="session")
+def smoke(shared_folder) -> Path:
+    """The folder in which the command of `make smoke` was run."""
+    command = ("train.py", "data/toy", "--epochs", "6", "--batch-size", "16", "--lr", "1e-3")
+    return shared_folder("smoke", lambda folder: run_quietly(*command, cwd=folder))
 
 
 @pytest.fixture
@@ -76,7 +119,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Itera
 @pytest.fixture
 def modal_cloud() -> Iterator[ModalCloud]:
     """A Modal of the test's own, empty; see tests/modal_cloud."""
-    with ModalCloud() as cloud:
+    with ModalCloud(WARM_PYTHON) as cloud:
         yield cloud
 
 

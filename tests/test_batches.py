@@ -15,7 +15,7 @@ def images(small_toy):
     return open_dataset(small_toy, 37, small_toy.parent)
 
 
-def batches_of(images, seed=0, batch_size=24) -> TrainingBatches:
+def batches_of(images, seed=0, batch_size=12) -> TrainingBatches:
     return TrainingBatches(images, batch_size, training_transform(32), seed)
 
 
@@ -48,26 +48,26 @@ def test_another_seed_makes_other_batches(images):
 
 
 def test_an_epoch_shows_no_image_twice_and_the_next_shuffles_anew(images):
-    batches = TrainingBatches(images, 16, validation_transform(32), seed=0)
+    batches = TrainingBatches(images, 8, validation_transform(32), seed=0)
     assert batches.steps_per_epoch == 5
     epochs = [torch.cat([loaded(batches, [step])[0][0] for step in range(first, first + 5)]) for first in (0, 5)]
-    assert len(torch.unique(epochs[0], dim=0)) == 80
+    assert len(torch.unique(epochs[0], dim=0)) == 40
     assert not torch.equal(*epochs)
 
 
 def test_what_is_left_over_at_an_epochs_end_sits_out_by_turns(images):
-    batches = batches_of(images, batch_size=24)
+    batches = batches_of(images, batch_size=12)
     assert batches.steps_per_epoch == 3
-    assert {len(labels) for _, labels in loaded(batches, range(6))} == {24}
+    assert {len(labels) for _, labels in loaded(batches, range(6))} == {12}
 
 
 def test_a_batch_larger_than_the_data_is_all_of_it(images):
     batches = batches_of(images, batch_size=10_000)
     assert batches.steps_per_epoch == 1
     (images, labels), _ = loaded(batches, range(2))
-    assert images.shape == (80, 3, 32, 32)
+    assert images.shape == (40, 3, 32, 32)
     assert images.dtype == torch.uint8
-    assert labels.bincount().tolist() == [16] * 5
+    assert labels.bincount().tolist() == [8] * 5
 
 
 def test_validation_shows_every_held_out_image_once_and_never_a_training_one(images):

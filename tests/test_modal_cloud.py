@@ -170,4 +170,4 @@ def test_without_bubblewrap_it_says_how_to_get_it(modal_cloud, tmp_path, monkeyp
 
     monkeypatch.setattr(containers.shutil, "which", lambda name: None)
     with pytest.raises(containers.NoBubblewrap, match="apt-get install bubblewrap"):
-        containers.command(Path(tmp_path), Image("im-1", ()), {}, {}, {})
+        containers.sandbox(Path(tmp_path), Image("im-1", ()), {}, {}, {})

@@ -89,6 +89,8 @@ def modal_run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
         (["--output-dir", "/tmp"], "on Modal it is outputs"),
         (["--resume", "runs/r/state.pt"], "on Modal it is a run's name"),
         (["images"], "images is not there"),
+        (["x" * 5000], "file name too long"),
+        (["data/" + "x" * 5000], "file name too long"),
         (["--detach"], "unrecognized arguments: --detach"),
     ],
 )
@@ -108,6 +110,7 @@ def test_help_under_modal_run_is_the_scripts_own(arguments, tmp_path):
     assert "usage: train.py" in result.stdout
 
 
+@pytest.mark.slow
 def test_everything_checked_the_client_turns_to_the_server_without_importing_torch(tmp_path):
     result = modal_run("data/toy", "--epochs", "1", cwd=tmp_path)
     assert result.returncode == 1

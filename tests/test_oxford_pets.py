@@ -95,6 +95,7 @@ def test_unpacking_cut_in_the_middle_is_done_again(mirror, tmp_path):
     assert (tmp_path / "data/cats/train/Abyssinian/Abyssinian_1.jpg").read_bytes() == jpeg()
 
 
+@pytest.mark.slow
 def test_the_download_script_prepares_data_cats_beside_itself(mirror, tmp_path):
     """`bash data/download.sh`, in a copy of the project, from any folder."""
     project = tmp_path / "project"

@@ -62,6 +62,7 @@ def test_a_pyramid_separates_the_scales():
     assert middle.abs().max() < 1e-5 and coarse.abs().max() < 1e-5
 
 
+@pytest.mark.slow
 def test_grain_is_seen_in_the_detail_and_not_in_the_large():
     def clouds(seed):
         return interpolate(torch.rand(200, 3, 8, 8, generator=random_numbers(seed)), 64, mode="bicubic")

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.io import decode_image
-from torchvision.transforms.v2.functional import resize
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 import train_dit
-from conftest import script_process
+from conftest import run_quietly, script_process
 from tinycats import checkpoints, classifier, command_line, generator
 from tinycats.batches import INITIALISATION, seed_for
 from tinycats.datasets import open_dataset
@@ -57,19 +57,15 @@ def same(one: object, other: object) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(small_toy, tmp_path_factory) -> Path:
+def undisturbed(small_toy, shared_folder) -> Path:
     """The folder of a run that nothing happened to."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    process = script_process("train_dit.py", small_toy, *SMALL, "--run", "r", cwd=folder)
-    _, errors = process.communicate(timeout=900)
-    assert process.returncode == 0, errors
-    assert errors == ""
-    return folder / "outputs" / "runs" / "r"
+    command = ("train_dit.py", small_toy, *SMALL, "--run", "r")
+    return shared_folder("generator", lambda folder: run_quietly(*command, cwd=folder)) / "outputs" / "runs" / "r"
 
 
 def test_a_run_leaves_what_the_design_says(undisturbed):
     names = {path.name for path in undisturbed.iterdir() if not path.name.startswith("events.out.tfevents")}
-    assert names == {"metrics.jsonl", "samples", "state.pt", "state.previous.pt", "tiny_dit.pt", "train.log"}
+    assert names == {".lock", "metrics.jsonl", "samples", "state.pt", "state.previous.pt", "tiny_dit.pt", "train.log"}
     assert {path.name for path in (undisturbed / "samples").iterdir()} == {"step_0000020.png", "step_0000030.png"}
     rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "val_loss" in row] == [20, 30]
@@ -77,7 +73,7 @@ def test_a_run_leaves_what_the_design_says(undisturbed):
     finished = generator.load(undisturbed.parents[1] / "tiny_dit.pt")
     assert finished.sample(["tabby", "other"], steps=2).shape == (2, 3, 32, 32)
     grid = generator.sample_grid(finished.model, len(finished.classes), 32, finished.guidance_scale, steps=3)
-    assert torch.equal(decode_image(undisturbed / "samples" / "step_0000030.png"), grid)
+    assert torch.equal(pil_to_tensor(Image.open(undisturbed / "samples" / "step_0000030.png")), grid)
 
 
 @pytest.mark.slow
@@ -110,9 +106,10 @@ def test_the_null_class_is_trained_like_the_others(undisturbed):
     assert ((after - before).abs().amax(dim=1) > 1e-4).all()
 
 
+@pytest.mark.slow
 def test_sixteen_images_are_memorised_and_sampled_again_from_their_own_noise(small_toy, tmp_path):
     images = open_dataset(small_toy, 16, tmp_path)
-    chosen = [images.indices("train")[index] for index in range(0, 80, 5)]
+    chosen = [images.indices("train")[index] for index in range(0, 40, 40 // 16)][:16]
     transform = generator.validation_transform(16)
     images = torch.stack([transform(torch.from_numpy(images[index]).permute(2, 0, 1)) for index in chosen])
     targets, labels = generator.to_unit(images), torch.arange(16)  # a class of its own for each
@@ -136,25 +133,20 @@ def test_sixteen_images_are_memorised_and_sampled_again_from_their_own_noise(sma
 
 
 @pytest.mark.slow
-def test_after_300_steps_a_classifier_recognises_the_coats_of_the_samples(tmp_path):
-    """The command of the README, and `make smoke`'s for the classifier. Chance is 0.2."""
-    shape = ("--image-size", 32, "--patch-size", 4, "--dim", 192, "--depth", 6)
-    for script, settings in (
-        ("train.py", ("--epochs", 4, "--batch-size", 16, "--lr", "1e-3")),
-        ("train_dit.py", (*shape, "--steps", 300, "--batch-size", 64, "--lr", "2e-3")),
-    ):
-        process = script_process(script, "data/toy", *settings, cwd=tmp_path)
-        _, errors = process.communicate(timeout=1800)
-        assert process.returncode == 0, errors
+def test_after_300_steps_a_classifier_recognises_the_coats_of_the_samples(smoke, tmp_path):
+    """The README's command for a generator on a laptop, for a smaller one; `make smoke`'s classifier. Chance is 0.2."""
+    shape = ("--image-size", 32, "--patch-size", 8, "--dim", 128, "--depth", 4, "--heads", 4)
+    settings = ("--steps", 300, "--batch-size", 64, "--lr", "2e-3", "--sample-steps", 5)
+    run_quietly("train_dit.py", "data/toy", *shape, *settings, cwd=tmp_path)
     finished = generator.load(tmp_path / "outputs" / "tiny_dit.pt")
-    trained_classifier = classifier.load(tmp_path / "outputs" / "cats_model.pt")
+    trained_classifier = classifier.load(smoke / "outputs" / "cats_model.pt")
     assert trained_classifier.metrics["val_accuracy"] >= 0.95
     asked = [name for name in finished.classes for _ in range(8)]
     images = finished.sample(asked, seed=5, batch_size=40, steps=25)
     with torch.inference_mode():
         answers = trained_classifier.model(classifier.normalise(resize(images, [64, 64]))).argmax(1)
     right = [trained_classifier.classes[answer] == name for answer, name in zip(answers.tolist(), asked, strict=True)]
-    assert sum(right) / len(right) >= 0.7
+    assert sum(right) / len(right) >= 0.9
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from .containers import Container
 from .control_plane import Cloud, ControlPlane, Function
 from .faults import Fault
 from .volumes import Volume
+from .warm_python import WarmPython
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,14 @@ class ModalCloud:
 
     Its server runs in a thread. `run` gives a command the addresses and credentials that make the real client
     use it. Volumes, functions and containers stay to be looked at after the command.
+
+    Args:
+        warm_python: what containers are forked from; without it each starts a Python of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, warm_python: WarmPython | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="modal-cloud-", ignore_cleanup_errors=True)
-        self._cloud = Cloud(Path(self._folder.name))
+        self._cloud = Cloud(Path(self._folder.name), warm_python)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._address = ""
@@ -183,7 +187,7 @@ class ModalCloud:
     def wait(self, timeout: float = 600) -> None:
         """Wait until no call is running any more."""
         deadline = time.monotonic() + timeout
-        while any(not call.done.is_set() for call in list(self._cloud.calls.values())):
+        while not all(call.done.is_set() or (call.task and call.task.done()) for call in [*self._cloud.calls.values()]):
             if time.monotonic() > deadline:
                 raise TimeoutError("a call is still running")
             time.sleep(0.1)

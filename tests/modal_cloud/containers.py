@@ -7,14 +7,16 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modal_proto import api_pb2
 
-from .image import Image, top_level_modules
+from .image import Image, distribution_name, top_level_modules
 from .volumes import Mounted, Volume
+from .warm_python import PRELOADED, WarmPython
 
 if TYPE_CHECKING:
     from .control_plane import Call
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 PYTHON = "/opt/python"  # where a container finds the interpreter
 PACKAGES = "/opt/packages"  # and what its image installs
 CLIENT = "/pkg"  # and the client, which Modal mounts itself
+_VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
+ENTRY_POINT = ("-m", "modal._container_entrypoint")
 
 
 class NoBubblewrap(RuntimeError):
@@ -58,7 +62,7 @@ class Container:
     ended: str | None = None
     output: str = ""
     commits: int = 0
-    process: asyncio.subprocess.Process | None = None
+    process: "asyncio.subprocess.Process | _Forked | None" = None
     pid: int | None = None
     input_sent: bool = False
     result: api_pb2.FunctionPutOutputsItem | None = None
@@ -93,10 +97,10 @@ class Container:
         self.send_signal(signal.SIGKILL)
 
 
-def command(
+def sandbox(
     root: Path, image: Image, files: dict[str, bytes], volumes: dict[str, Mounted], environment: dict[str, str]
-) -> list[str]:
-    """The bubblewrap command line of a container.
+) -> tuple[list[str], dict[str, str]]:
+    """The bubblewrap command line of a container, without the command to run there; and its environment.
 
     Args:
         root: a folder of this container's own; its mounts' files are laid out there.
@@ -116,8 +120,7 @@ def command(
             words += ["--ro-bind", link, link]
     words += ["--ro-bind", sys.base_prefix, PYTHON]
     # Whatever this machine's own Python or system has installed is not in the image.
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    for own in (f"{PYTHON}/lib/{version}/site-packages", "/usr/lib/python3/dist-packages"):
+    for own in (f"{PYTHON}/lib/{_VERSION}/site-packages", "/usr/lib/python3/dist-packages"):
         if Path(own.replace(PYTHON, sys.base_prefix, 1)).is_dir():
             words += ["--tmpfs", own]
     for parent, modules in (
@@ -140,24 +143,98 @@ def command(
     if threads := os.environ.get("OMP_NUM_THREADS"):
         defaults["OMP_NUM_THREADS"] = threads  # beside other tests a container has one core
     paths = {"PYTHONPATH": f"/root:{PACKAGES}:{CLIENT}", "PYTHONDONTWRITEBYTECODE": "1"}
-    for name, value in (defaults | paths | environment).items():
+    environment = defaults | paths | environment
+    for name, value in environment.items():
         words += ["--setenv", name, value]
-    words += ["--chdir", "/root", "--info-fd", "INFO_FD"]
-    return [*words, f"{PYTHON}/bin/{version}", "-m", "modal._container_entrypoint"]
+    return [*words, "--chdir", "/root"], environment
 
 
-async def start(container: Container, words: list[str]) -> None:
-    """Start the process; on return `container.pid` is its main process on this machine."""
+async def start(
+    container: Container, image: Image, words: list[str], environment: dict[str, str], warm: WarmPython | None
+) -> None:
+    """Start the entry point in its sandbox; on return `container.pid` is its main process on this machine.
+
+    Args:
+        warm: what to fork it from, if its image has all that is imported there.
+    """
+    if warm and set(PRELOADED.values()) <= {distribution_name(requirement) for requirement in image.requirements()}:
+        await _fork(container, words, environment, warm)
+    else:
+        container.process, container.pid = await _start(*words, "--", f"{PYTHON}/bin/{_VERSION}", *ENTRY_POINT)
+
+
+async def _start(bubblewrap: str, *words: str) -> tuple[asyncio.subprocess.Process, int | None]:
     reader, writer = os.pipe()
-    words = [str(writer) if word == "INFO_FD" else word for word in words]
-    container.process = await asyncio.create_subprocess_exec(
-        *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, pass_fds=(writer,)
+    process = await asyncio.create_subprocess_exec(
+        bubblewrap,
+        *("--info-fd", str(writer)),
+        *words,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+        pass_fds=(writer,),
     )
     os.close(writer)
-    loop = asyncio.get_running_loop()
     with os.fdopen(reader) as info:
-        text = await loop.run_in_executor(None, info.read)
-    container.pid = json.loads(text)["child-pid"] if text else None
+        text = await asyncio.get_running_loop().run_in_executor(None, info.read)
+    return process, json.loads(text)["child-pid"] if text else None
+
+
+class _Forked:
+    """A process that was forked into a sandbox; what else runs there ends with it."""
+
+    def __init__(self, pid: int, stdout: asyncio.StreamReader, sandbox: asyncio.subprocess.Process, first: int):
+        self.returncode: int | None = None
+        self.stdout = stdout
+        self._ended = asyncio.create_task(self._end(pid, sandbox, first))
+
+    async def _end(self, pid: int, sandbox: asyncio.subprocess.Process, first: int) -> None:
+        loop, exited = asyncio.get_running_loop(), asyncio.Event()
+        descriptor = os.pidfd_open(pid)
+        loop.add_reader(descriptor, exited.set)
+        try:
+            await exited.wait()
+        finally:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+        self.returncode = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(first, signal.SIGKILL)
+        await sandbox.communicate()
+
+    async def wait(self) -> int | None:
+        await asyncio.shield(self._ended)
+        return self.returncode
+
+
+async def _fork(container: Container, words: list[str], environment: dict[str, str], warm: WarmPython) -> None:
+    # The sandbox's first process only holds it open; it says when everything is mounted.
+    process, first = await _start(*words, "--", "/bin/sh", "-c", "echo ready; exec sleep infinity")
+    if first is None or await process.stdout.readline() != b"ready\n":
+        container.process = process  # bubblewrap says why on its stderr
+        return
+    loop = asyncio.get_running_loop()
+    reader, writer = os.pipe()
+    request = {
+        "words": ENTRY_POINT,
+        "cwd": "/root",
+        "env": environment,
+        "session": True,
+        "namespaces_of": first,
+        "moved": {sysconfig.get_path("purelib"): PACKAGES, sys.base_prefix: PYTHON},
+    }
+    try:
+        with Path(os.devnull).open() as nothing:
+            container.pid = await loop.run_in_executor(None, warm.fork, request, [nothing.fileno(), writer, writer])
+    except OSError as error:
+        os.close(reader)
+        process.kill()
+        container.process, container.output = process, f"{error}\n"
+        return
+    finally:
+        os.close(writer)
+    stdout = asyncio.StreamReader()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stdout), os.fdopen(reader, "rb"))
+    container.process = _Forked(container.pid, stdout, process, first)
 
 
 def mount_volumes(root: Path, mounts: dict[str, Volume]) -> dict[str, Mounted]:
@@ -165,6 +242,8 @@ def mount_volumes(root: Path, mounts: dict[str, Volume]) -> dict[str, Mounted]:
     return {path: Mounted(volume, root / f"volume-{number}") for number, (path, volume) in enumerate(mounts.items())}
 
 
-def clean_up(root: Path) -> None:
+def clean_up(root: Path, mounts: dict[str, Mounted]) -> None:
     """Forget what a container has not committed."""
+    for mounted in mounts.values():
+        mounted.unmount()
     shutil.rmtree(root, ignore_errors=True)

@@ -28,6 +28,7 @@ from .containers import Container
 from .faults import Fault
 from .image import Image
 from .volumes import Volume
+from .warm_python import WarmPython
 
 IMAGE_BUILDER_VERSION = "2025.06"
 SUCCESS = api_pb2.GenericResult.GENERIC_STATUS_SUCCESS
@@ -79,10 +80,11 @@ class Cloud:
 
     Args:
         folder: where volumes, blobs and containers lie.
+        warm_python: what containers are forked from; without it each starts a Python of its own.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, warm_python: WarmPython | None):
+        self.folder, self.warm_python = folder, warm_python
         self.ids = itertools.count(1)
         self.rpcs: list[str] = []
         self.missing: list[str] = []
@@ -580,11 +582,10 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
             "MODAL_ENVIRONMENT": "main",
             "MODAL_CONTAINER_ARGUMENTS_PATH": "/modal/arguments.pb",
         }
-        words = containers.command(
-            root, cloud.images[definition.image_id], files, mounts, environment | cloud.environment
-        )
+        image = cloud.images[definition.image_id]
+        words, environment = containers.sandbox(root, image, files, mounts, environment | cloud.environment)
         try:
-            await containers.start(container, words)
+            await containers.start(container, image, words, environment, cloud.warm_python)
             if cloud.background_commit_every:
                 container.tasks.append(asyncio.create_task(self._commit_now_and_then(container)))
             reading = asyncio.create_task(self._read(container, call.function.app))
@@ -602,7 +603,7 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
             if container.ended is None:
                 container.ended = self._how_it_ended(container)
             server.close()
-            await loop.run_in_executor(None, containers.clean_up, root)
+            await loop.run_in_executor(None, containers.clean_up, root, mounts)
         return container
 
     @staticmethod

@@ -48,7 +48,7 @@ def _lines(requirements: str) -> list[str]:
 
 def top_level_modules(requirements: list[str]) -> dict[str, Path]:
     """Where each top-level file or folder of the required packages, and of theirs, lies on this machine."""
-    names = {_name(requirement) for requirement in requirements}
+    names = {distribution_name(requirement) for requirement in requirements}
     seen: set[str] = set()
     places: dict[str, Path] = {}
     while names:
@@ -66,11 +66,12 @@ def top_level_modules(requirements: list[str]) -> dict[str, Path]:
                 places[top] = Path(distribution.locate_file(top))
         for requirement in distribution.requires or ():
             if "extra ==" not in requirement:
-                names.add(_name(requirement))
+                names.add(distribution_name(requirement))
     return places
 
 
-def _name(requirement: str) -> str:
+def distribution_name(requirement: str) -> str:
+    """`torch` of `Torch==2.14.1`."""
     match = re.match(r"[A-Za-z0-9._-]+", requirement)
     if match is None:
         raise ValueError(f"not a requirement: {requirement!r}")

@@ -1,6 +1,7 @@
 """Volumes: directories that outlive a run, and the copies of them that containers see."""
 
 import shutil
+import threading
 from pathlib import Path
 
 Snapshot = dict[str, tuple[int, int, int]]  # path -> (inode, size, time of change), of files
@@ -12,6 +13,7 @@ class Volume:
     def __init__(self, volume_id: str, name: str, files: Path):
         self.volume_id, self.name, self.files = volume_id, name, files
         self.commits = 0
+        self.lock = threading.Lock()  # commits, and all that looks at what they leave, take turns
         files.mkdir(parents=True)
 
 
@@ -24,21 +26,32 @@ class Mounted:
 
     def __init__(self, volume: Volume, folder: Path):
         self.volume, self.folder = volume, folder
-        shutil.copytree(volume.files, folder, symlinks=True)
-        self._mine, self._theirs = snapshot(folder), snapshot(volume.files)
+        self._is_mounted = True
+        with volume.lock:
+            shutil.copytree(volume.files, folder, symlinks=True)
+            self._mine, self._theirs = snapshot(folder), snapshot(volume.files)
 
     def commit(self) -> None:
         """Make what this container has changed since its last commit the volume's."""
-        now = snapshot(self.folder)
-        _apply(self._mine, now, self.folder, self.volume.files)
-        self._mine, self._theirs = now, snapshot(self.volume.files)
-        self.volume.commits += 1
+        with self.volume.lock:
+            if not self._is_mounted:
+                return
+            now = snapshot(self.folder)
+            _apply(self._mine, now, self.folder, self.volume.files)
+            self._mine, self._theirs = now, snapshot(self.volume.files)
+            self.volume.commits += 1
 
     def reload(self) -> None:
         """Take over what others have committed; what this container has changed and not committed stays."""
-        theirs = snapshot(self.volume.files)
-        _apply(self._theirs, theirs, self.volume.files, self.folder)
-        self._mine, self._theirs = snapshot(self.folder), theirs
+        with self.volume.lock:
+            theirs = snapshot(self.volume.files)
+            _apply(self._theirs, theirs, self.volume.files, self.folder)
+            self._mine, self._theirs = snapshot(self.folder), theirs
+
+    def unmount(self) -> None:
+        """The container has ended: a commit that still comes must not take its empty folder for removals."""
+        with self.volume.lock:
+            self._is_mounted = False
 
 
 def snapshot(folder: Path) -> Snapshot:
