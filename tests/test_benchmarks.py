@@ -27,6 +27,11 @@ def test_the_loader_is_compared_with_the_plain_pipeline(small_toy):
     assert "ratio" in printed
 
 
+def test_what_verifying_packed_images_costs_is_measured():
+    printed = benchmark("packed_images.py", "--images", 50, "--side", 16)
+    assert [line[:5] for line in printed.splitlines()] == ["50 im", "open ", "read ", "read ", "SHA-2", "verif"]
+
+
 @pytest.mark.slow
 def test_the_loader_is_compared_with_a_step(small_toy):
     printed = benchmark("data_against_step.py", small_toy, "--batch-size", 4, "--rounds", 1)

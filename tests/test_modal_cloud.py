@@ -74,6 +74,18 @@ def test_an_image_holds_what_its_commands_install_and_what_that_requires_and_no_
         base,
     )
     assert image.requirements() == ["tqdm", "tensorboard>=2.16"]
+    by_uv = Image(
+        "im-3",
+        (
+            "COPY --from=ghcr.io/astral-sh/uv:latest /uv /.uv/uv",
+            "COPY /.0_requirements.txt /.uv/0/requirements.txt",
+            "RUN /.uv/uv pip install --python $(command -v python) --compile-bytecode"
+            " --requirements /.uv/0/requirements.txt",
+        ),
+        {"/.0_requirements.txt": b"tensorboard>=2.16\n"},
+        base,
+    )
+    assert by_uv.requirements() == image.requirements()
     modules = top_level_modules(image.requirements())
     assert {"tqdm", "tensorboard", "google"} <= modules.keys(), "protobuf comes with tensorboard"
     assert "torch" not in modules

@@ -104,7 +104,7 @@ def test_what_is_asked_of_modal(modal_cloud, small_folder, tmp_path):
     assert asked.timeout_secs == 5400
     assert asked.retry_policy.retries == 10
     assert asked.single_use_containers
-    assert any("pip install -r /.requirements.txt" in command for command in modal_cloud.image_commands)
+    assert any("uv pip install" in command and "requirements.txt" in command for command in modal_cloud.image_commands)
     volumes = {mount.mount_path: mount.volume_id for mount in asked.volume_mounts}
     assert set(volumes) == {"/outputs", "/data"}
     assert volumes["/outputs"] == modal_cloud.volume("cats-model-outputs").volume_id
@@ -167,7 +167,7 @@ def test_a_download_cut_in_the_middle_is_retried_and_not_taken_for_whole(modal_c
     assert len(photos) == 7
 
 
-def test_a_local_folder_is_uploaded_once_and_not_again(modal_cloud, small_folder, tmp_path):
+def test_a_local_folder_is_uploaded_and_packed_once_and_its_damage_is_noticed(modal_cloud, small_folder, tmp_path):
     first = train(modal_cloud, small_folder, tmp_path, "--epochs", "1", name="one")
     assert first.status == 0, first.output
     assert "Uploading 60 images" in first.stdout
@@ -178,6 +178,16 @@ def test_a_local_folder_is_uploaded_once_and_not_again(modal_cloud, small_folder
     assert second.status == 0, second.output
     assert "Uploading" not in second.stdout
     assert "Packing" not in second.stdout
+
+    (pixels,) = uploaded.with_name(f"{uploaded.name}.packed").rglob("pixels.bin")
+    whole = pixels.read_bytes()
+    pixels.write_bytes(bytes(4096) + whole[4096:])
+    third = train(modal_cloud, small_folder, tmp_path, "--epochs", "1", name="three")
+    assert third.status == 0, third.output
+    assert "is damaged at train/black/000.png: packing again" in third.stdout
+    assert pixels.read_bytes() == whole
+    metrics = [results(outputs(modal_cloud) / "runs" / name)[1] for name in ("one", "two", "three")]
+    assert metrics[0] == metrics[1] == metrics[2]
 
 
 def test_a_mistake_costs_nothing_and_creates_nothing(modal_cloud, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import random
 import struct
 import zlib
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from tinycats import packed_images
-from tinycats.errors import UserError
+from tinycats.errors import TransientError, UserError
 from tinycats.image_folders import scan
 from tinycats.packed_images import PackedImages, decode, packed
 from tinycats.runs import log_to_stdout
@@ -85,6 +86,61 @@ def test_a_damaged_pack_is_packed_anew(tmp_path):
     first = pack(root)
     with (first.folder / "pixels.bin").open("ab") as file:
         file.truncate(100)
+    assert (pack(root)[39] == RED).all()
+
+
+def damage(path: Path, rng: random.Random) -> None:
+    """What disks and careless hands do to a file."""
+    stored = bytearray(path.read_bytes())
+    at = rng.randrange(len(stored))
+    match rng.choice(["flip", "swap", "zeros", "cut", "append", "shift"]):
+        case "flip":
+            stored[at] ^= 1 << rng.randrange(8)
+        case "swap":
+            other = rng.randrange(len(stored))
+            stored[at], stored[other] = stored[other], stored[at]
+        case "zeros":
+            stored[at : at + 4096] = bytes(len(stored[at : at + 4096]))
+        case "cut":
+            del stored[at:]
+        case "append":
+            stored += b"more"
+        case "shift":
+            stored[at:] = stored[at + 1 :] + b"x"
+    path.write_bytes(stored)
+
+
+def test_whatever_is_damaged_is_noticed_and_packed_again(tmp_path, capsys):
+    """Seen to fail without the CRC-32 of `PackedImages.__getitem__`, and without that of the index's footer."""
+    log_to_stdout()
+    rng = random.Random(0)
+    root = tmp_path / "data"
+    for name in ("one", "two"):
+        (root / name).mkdir(parents=True)
+        for number in range(5):
+            Image.frombytes("RGB", (20, 18), rng.randbytes(20 * 18 * 3)).save(root / name / f"{number}.png")
+    images = pack(root)
+    pixels, labels = [image.copy() for image in images], images.labels
+    for name in ["pixels.bin", "index.json"] * 60:
+        path = images.folder / name
+        whole = path.read_bytes()
+        damage(path, rng)
+        is_damaged = path.read_bytes() != whole
+        capsys.readouterr()
+        again = pack(root)
+        assert all((one == other).all() for one, other in zip(again, pixels, strict=True))
+        assert (again.labels == labels).all()
+        assert ("packing" in capsys.readouterr().out) == is_damaged
+        assert path.read_bytes() == whole, "it is mended for whoever comes next"
+
+
+def test_what_is_damaged_and_has_changed_meanwhile_is_packed_anew_by_the_next(tmp_path):
+    root = folder_with(tmp_path / "data")
+    images = pack(root)
+    path = images.folder / "pixels.bin"
+    path.write_bytes(path.read_bytes()[::-1])
+    with pytest.raises(TransientError, match=r"pixels\.bin is damaged at blue/00\.png; run this again"):
+        PackedImages(images.folder)[0]
     assert (pack(root)[39] == RED).all()
 
 

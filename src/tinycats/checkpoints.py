@@ -5,14 +5,13 @@ line, so the files are ordinary; and a file that was cut off, or in which a bit 
 it is before anything in it is believed.
 """
 
-import hashlib
 import io
 import logging
 import pickle
 from pathlib import Path
 from typing import Any
 
-from tinycats.durable_files import atomic_write
+from tinycats.durable_files import DamagedFile, atomic_write, footer, read_whole
 from tinycats.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -20,12 +19,6 @@ log = logging.getLogger(__name__)
 CHECKPOINT = "state.pt"
 PREVIOUS_CHECKPOINT = "state.previous.pt"
 CHECKPOINTS = (CHECKPOINT, PREVIOUS_CHECKPOINT)
-_FOOTER = b"\ntinycats sha256 "
-_FOOTER_LENGTH = len(_FOOTER) + 64 + 1
-
-
-class DamagedFile(UserError):
-    """The file is cut off, altered, or was never written by this program."""
 
 
 def save(path: Path, contents: dict[str, Any]) -> None:
@@ -40,7 +33,7 @@ def save(path: Path, contents: dict[str, Any]) -> None:
     torch.save(contents, buffer)
     with atomic_write(path) as file:
         file.write(buffer.getbuffer())
-        file.write(_FOOTER + hashlib.sha256(buffer.getbuffer()).hexdigest().encode() + b"\n")
+        file.write(footer(buffer.getbuffer()))
 
 
 def save_model(path: Path, contents: dict[str, Any]) -> None:
@@ -65,14 +58,9 @@ def load(path: Path) -> dict[str, Any]:
     import torch
 
     try:
-        stored = path.read_bytes()
+        payload = read_whole(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    payload, footer = memoryview(stored)[:-_FOOTER_LENGTH], stored[-_FOOTER_LENGTH:]
-    if not footer.startswith(_FOOTER):
-        raise DamagedFile(f"{path} is cut off or is no file of this program")
-    if footer != _FOOTER + hashlib.sha256(payload).hexdigest().encode() + b"\n":
-        raise DamagedFile(f"{path} is damaged: its contents do not match their digest")
     try:
         return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:

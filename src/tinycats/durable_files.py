@@ -1,11 +1,22 @@
-"""Files that are either whole or not there: written to a temporary name, synced, renamed."""
+"""Files that are either whole or not there, written to a temporary name, synced, renamed; and files that are known
+for damaged when they are, by a last line with the SHA-256 of all before it."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+from tinycats.errors import UserError
+
+_FOOTER = b"\ntinycats sha256 "
+_FOOTER_LENGTH = len(_FOOTER) + 64 + 1
+
+
+class DamagedFile(UserError):
+    """The file is cut off, altered, or was never written by this program."""
 
 
 def partial_name(path: Path) -> Path:
@@ -74,3 +85,24 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def footer(payload: bytes | memoryview) -> bytes:
+    """The line that ends a file which holds `payload`, so that `read_whole` knows whether it is whole."""
+    return _FOOTER + hashlib.sha256(payload).hexdigest().encode() + b"\n"
+
+
+def read_whole(path: Path) -> memoryview:
+    """What a file holds before its footer.
+
+    Raises:
+        DamagedFile: a bit of it is not as it was written, or it has no footer.
+        OSError: it cannot be read.
+    """
+    stored = memoryview(path.read_bytes())
+    payload, end = stored[:-_FOOTER_LENGTH], bytes(stored[-_FOOTER_LENGTH:])
+    if not end.startswith(_FOOTER):
+        raise DamagedFile(f"{path} is cut off or is no file of this program")
+    if end != footer(payload):
+        raise DamagedFile(f"{path} is damaged: its contents do not match their digest")
+    return payload

@@ -47,7 +47,7 @@ VOLUMES: dict[str | PurePosixPath, modal.Volume | modal.CloudBucketMount] = {
 REPOSITORY = Path(__file__).parents[2]  # on the laptop; in a container there is none
 IMAGE = (
     modal.Image.debian_slim(python_version="3.11")
-    .pip_install_from_requirements(str(REPOSITORY / "requirements.txt"))
+    .uv_pip_install(requirements=[str(REPOSITORY / "requirements.txt")])
     .add_local_python_source("tinycats")
 )
 
@@ -271,14 +271,22 @@ class Container(ThisMachine):
 
             oxford_pets.download(data_dir)
             _commit(DATASET)
-        # Not kept: a volume cannot be committed while a file on it is mapped.
-        folder = super().open_dataset(data_dir, short_side, SCRATCH).folder
-        local = SCRATCH / folder.parent.name / folder.name
-        if folder != local:
-            log.info("Copying the packed images to the container's disk")
-            shutil.copytree(folder, local, dirs_exist_ok=True)
-            _commit(DATASET)
-        return PackedImages(local)
+        for _ in range(2):
+            # Not kept: a volume cannot be committed while a file on it is mapped.
+            folder = super().open_dataset(data_dir, short_side, SCRATCH).folder
+            local = SCRATCH / folder.parent.name / folder.name
+            if folder != local:
+                log.info("Copying the packed images to the container's disk")
+                shutil.copytree(folder, local, dirs_exist_ok=True)
+                _commit(DATASET)
+            images = PackedImages(local)
+            damaged = images.damaged()
+            if not damaged:
+                return images
+            log.warning("%s is damaged at %s: packing again", folder, damaged[0])
+            for place in {folder, local}:
+                shutil.rmtree(place)
+        raise TransientError(f"{folder} is damaged again, as soon as it is packed")
 
     def num_workers(self, on_gpu: bool) -> int:
         """One for each core that the function asks for (the host may have more, which are others')."""

@@ -4,34 +4,38 @@ Decoding a photo costs several milliseconds, cropping one that is decoded a frac
 in the training loop lets the GPU wait. So the first use of a folder packs it beside itself, as
 
     <folder>.packed/<short side>px-<key>/pixels.bin     height x width x 3 uint8 an image, one after another
-    <folder>.packed/<short side>px-<key>/index.json     classes, and an image's path, split, label and size
+    <folder>.packed/<short side>px-<key>/index.json     classes, and an image's path, split, label, size and CRC-32
 
 where the key covers the files' names, sizes and times and the packing itself: change any, and the folder is
-packed anew.
+packed anew. What is damaged is noticed before it is used: the index has a digest, and an image is compared with its
+CRC-32 when it is first read.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
 import warnings
+import zlib
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from tinycats.durable_files import atomic_folder
-from tinycats.errors import UserError
+from tinycats.durable_files import DamagedFile, atomic_folder, footer, read_whole
+from tinycats.errors import TransientError, UserError
 from tinycats.image_folders import ImageFile, ImageFolder
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # goes up when the same files would be packed into other bytes
+FORMAT = 2  # goes up when the same files would be packed into other bytes
 MIN_SIDE = 8  # pixels; a smaller image shows nothing
 MAX_ASPECT = 2  # a longer image loses its ends: unbounded, a 1x10000 strip would fill the disk
 MAX_UNREADABLE = 0.1  # the part of the images that may be unreadable before the folder is taken for broken
@@ -52,37 +56,80 @@ class PackedImages:
         unreadable: (path, reason) of each image that was left out.
 
     Pickles by path, so that a loader's worker process maps the file itself.
+
+    Args:
+        folder: the packed folder.
+        source: the folder that was packed; from it a damaged image is packed again.
+
+    Raises:
+        DamagedFile: the index is damaged, or the pixels are not as many as it says.
     """
 
-    def __init__(self, folder: Path):
-        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        self.folder = folder
+    def __init__(self, folder: Path, source: Path | None = None):
+        index = json.loads(bytes(read_whole(folder / "index.json")))
+        self.folder, self.source = folder, source
+        self._short_side: int = index["short_side"]
         self.classes: tuple[str, ...] = tuple(index["classes"])
         self.content: str = index["content"]
         self.unreadable: list[tuple[str, str]] = [(path, reason) for path, reason in index["unreadable"]]
         self.paths = [image["path"] for image in index["images"]]
         self.labels = np.array([image["label"] for image in index["images"]], np.int64)
         self._is_train = np.array([image["split"] == "train" for image in index["images"]], bool)
+        self._checksums = [image["crc32"] for image in index["images"]]
+        self._is_verified = np.zeros(len(self.paths), bool)
         self._shapes = [(image["height"], image["width"], 3) for image in index["images"]]
         sizes = np.array([height * width * channels for height, width, channels in self._shapes], np.int64)
         self._offsets = np.concatenate([[0], np.cumsum(sizes)])
         self._pixels = np.memmap(folder / "pixels.bin", np.uint8, mode="c")  # torch warns of read-only ones
         if len(self._pixels) != self._offsets[-1]:
-            raise ValueError(f"{folder / 'pixels.bin'} is not of the size that its index says")
+            raise DamagedFile(f"{folder / 'pixels.bin'} is not of the size that its index says")
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """The image, uint8 [height, width, 3], a view of the map (copied on writing)."""
-        return self._pixels[self._offsets[index] : self._offsets[index + 1]].reshape(self._shapes[index])
+        """The image, uint8 [height, width, 3], a view of the map (copied on writing).
+
+        Raises:
+            TransientError: it is damaged, and cannot be packed again by itself; the folder will be.
+        """
+        pixels = self._pixels[self._offsets[index] : self._offsets[index + 1]].reshape(self._shapes[index])
+        if not self._is_verified[index]:
+            if zlib.crc32(pixels.data) != self._checksums[index]:
+                self._pack_again(index, pixels)
+            self._is_verified[index] = True
+        return pixels
+
+    def damaged(self) -> list[str]:
+        """The paths of all images whose pixels are not as they were packed; reads every image."""
+        whole = np.split(self._pixels, self._offsets[1:-1])
+        return [
+            path
+            for path, pixels, checksum in zip(self.paths, whole, self._checksums, strict=True)
+            if zlib.crc32(pixels.data) != checksum
+        ]
+
+    def _pack_again(self, index: int, pixels: np.ndarray) -> None:
+        path = self.folder / "pixels.bin"
+        image: np.ndarray | None = None
+        if self.source:
+            log.warning("%s is damaged: packing %s again", path, self.source / self.paths[index])
+            with contextlib.suppress(Exception):  # Pillow's plugins raise whatever they like
+                image = decode(self.source / self.paths[index], self._short_side)
+        if image is None or zlib.crc32(image.data) != self._checksums[index]:
+            (self.folder / "index.json").unlink(missing_ok=True)  # so that whoever comes next packs all of it
+            raise TransientError(f"{path} is damaged at {self.paths[index]}; run this again to pack the folder anew")
+        pixels[:] = image  # for this process, whatever becomes of the file
+        with contextlib.suppress(OSError), path.open("r+b") as file:
+            file.seek(self._offsets[index])
+            file.write(image.data)
 
     def indices(self, split: str) -> np.ndarray:
         """int64 indices of the images of `train` or `val`."""
         return np.flatnonzero(self._is_train == (split == "train"))
 
     def __reduce__(self) -> tuple:
-        return PackedImages, (self.folder,)
+        return PackedImages, (self.folder, self.source)
 
 
 def packed(source: ImageFolder, short_side: int, fallback: Path) -> PackedImages:
@@ -101,9 +148,9 @@ def packed(source: ImageFolder, short_side: int, fallback: Path) -> PackedImages
     for place in places:
         if place.is_dir():
             try:
-                images = PackedImages(place)
-            except (OSError, ValueError, KeyError) as error:
-                log.warning("%s is damaged (%s): packing again", place, error)
+                images = PackedImages(place, source.root)
+            except (OSError, DamagedFile) as error:
+                log.warning("%s: packing again", error)
                 shutil.rmtree(place, ignore_errors=True)
                 continue
             _report_unreadable(source, images.unreadable)
@@ -119,7 +166,7 @@ def packed(source: ImageFolder, short_side: int, fallback: Path) -> PackedImages
     for stale in place.parent.glob(f"{short_side}px-*"):
         if stale != place:
             shutil.rmtree(stale, ignore_errors=True)  # whoever still has it mapped keeps it
-    return PackedImages(place)
+    return PackedImages(place, source.root)
 
 
 def _key(source: ImageFolder, short_side: int) -> str:
@@ -158,7 +205,14 @@ def _pack(source: ImageFolder, short_side: int, folder: Path) -> None:
             content.update(image.data)
             height, width, _ = image.shape
             images.append(
-                {"path": file.path, "split": file.split, "label": file.label, "height": height, "width": width}
+                {
+                    "path": file.path,
+                    "split": file.split,
+                    "label": file.label,
+                    "height": height,
+                    "width": width,
+                    "crc32": zlib.crc32(image.data),
+                }
             )
 
     _report_unreadable(source, unreadable)
@@ -177,9 +231,16 @@ def _pack(source: ImageFolder, short_side: int, folder: Path) -> None:
         "classes": source.classes,
         "images": images,
         "unreadable": unreadable,
+        "short_side": short_side,
         "content": content.hexdigest(),
     }
-    (folder / "index.json").write_text(json.dumps(index), encoding="utf-8")
+    write_index(folder, index)
+
+
+def write_index(folder: Path, index: dict[str, Any]) -> None:
+    """Write the index of the packed folder `folder`, with its digest."""
+    payload = json.dumps(index).encode()
+    (folder / "index.json").write_bytes(payload + footer(payload))
 
 
 def _report_unreadable(source: ImageFolder, unreadable: list[tuple[str, str]]) -> None:

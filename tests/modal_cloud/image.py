@@ -4,11 +4,17 @@ Nothing is built: a container is given those top-level modules of this environme
 image asks for, and to what that requires in turn. A package that is here by chance is not in the image.
 """
 
+import argparse
 import re
 import shlex
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+
+# As much of the command line of pip, and of uv's pip, as tells packages from other words.
+_PIP = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+_PIP.add_argument("packages", nargs="*")
+_PIP.add_argument("-r", "--requirement", "--requirements", action="append", default=[], dest="requirements")
 
 
 @dataclass(frozen=True)
@@ -28,16 +34,15 @@ class Image:
     def requirements(self) -> list[str]:
         """What the image's commands install with pip or uv."""
         wanted = self.base.requirements() if self.base else []
+        copied: dict[str, str] = {}  # path in the image -> in the context
         for command in self.commands:
-            match = re.match(r"RUN .*?\bpip install\b(.*)", command)
-            if not match:
-                continue
-            words = shlex.split(match[1])
-            for position, word in enumerate(words):
-                if word in ("-r", "--requirement"):
-                    wanted += _lines(self.context_files[words[position + 1]].decode())
-                elif not word.startswith("-") and words[position - 1 : position] not in (["-r"], ["--requirement"]):
-                    wanted.append(word)
+            if match := re.match(r"COPY (\S+) (\S+)$", command):
+                copied[match[2]] = match[1]
+            if match := re.match(r"RUN .*?\bpip install\b(.*)", command):
+                options, _ = _PIP.parse_known_args(shlex.split(re.sub(r"\$\(.*?\)", "", match[1])))
+                wanted += options.packages
+                for path in options.requirements:
+                    wanted += _lines(self.context_files[copied.get(path, path)].decode())
         return wanted
 
 
