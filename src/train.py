@@ -13,13 +13,17 @@ would have ended. Its folder is outputs/runs/<run>/, and the finished model outp
 
 import logging
 import math
+import signal
 import sys
 import time
 from typing import Any
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below: no traceback
+
 import modal
 
-from tinycats import command_line, modal_runs, runs
+from tinycats import checkpoints, command_line, modal_runs, runs
 from tinycats.command_line import Options, number, whole_number
 from tinycats.data_dirs import is_toy
 from tinycats.errors import UserError
@@ -270,9 +274,11 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             run.save(current_checkpoint())
         bar.close()
 
-        finished = options.output_dir / MODEL
-        for path in (folder / MODEL, finished):
-            classifier.export(path, best["state_dict"], options.backbone, classes, options.image_size, best["metrics"])
+        model_file, finished = folder / MODEL, options.output_dir / MODEL
+        classifier.export(
+            model_file, best["state_dict"], options.backbone, classes, options.image_size, best["metrics"]
+        )
+        checkpoints.publish_model(model_file, finished)
         machine.persist()
         accuracy, epoch = best["metrics"]["val_accuracy"], best["metrics"]["epoch"]
         log.info(f"Done. Validation accuracy {accuracy:.3f} (epoch {epoch}). Model: {machine.how_to_fetch(finished)}")

@@ -14,12 +14,16 @@ outputs/tiny_dit.pt.
 
 import logging
 import math
+import signal
 import sys
 import time
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below: no traceback
+
 import modal
 
-from tinycats import command_line, modal_runs, runs
+from tinycats import checkpoints, command_line, modal_runs, runs
 from tinycats.command_line import Options, number, whole_number
 from tinycats.data_dirs import is_toy
 from tinycats.errors import UserError
@@ -302,10 +306,10 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 run.save(current_checkpoint())
         bar.close()
 
-        finished = options.output_dir / MODEL
+        model_file, finished = folder / MODEL, options.output_dir / MODEL
         last = metrics[-1]
-        for path in (folder / MODEL, finished):
-            generator.export(path, ema.module.state_dict(), shape, dataset.classes, options.cfg_scale, last)
+        generator.export(model_file, ema.module.state_dict(), shape, dataset.classes, options.cfg_scale, last)
+        checkpoints.publish_model(model_file, finished)
         machine.persist()
         log.info(f"Done. Validation loss {last['val_loss']:.4f}. Model: {machine.how_to_fetch(finished)}")
     return {"run": folder.name, "model": str(finished), "metrics": last}

@@ -1,6 +1,7 @@
 """What the tests share: small data, and the scripts run as a user runs them."""
 
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -86,6 +87,30 @@ def run_quietly(script: str, *arguments: object, cwd: Path) -> None:
     output, errors = process.communicate(timeout=900)
     assert (process.returncode, errors) == (0, "")
     (cwd / "stdout.txt").write_text(output)
+
+
+def damage(path: Path, rng: random.Random) -> None:
+    """What disks and careless hands do to a file."""
+    stored = bytearray(path.read_bytes())
+    at, other = rng.randrange(len(stored)), rng.randrange(len(stored))
+    match rng.choice(["flip", "swap", "zeros", "cut", "append", "shift", "noise", "empty"]):
+        case "flip":
+            stored[at] ^= 1 << rng.randrange(8)
+        case "swap":
+            stored[at], stored[other] = stored[other], stored[at]
+        case "zeros":
+            stored[at : at + 4096] = bytes(len(stored[at : at + 4096]))
+        case "cut":
+            del stored[at:]
+        case "append":
+            stored += rng.randbytes(50)
+        case "shift":
+            stored[at:] = stored[at + 1 :] + b"x"
+        case "noise":
+            stored[at : at + 500] = rng.randbytes(len(stored[at : at + 500]))
+        case "empty":
+            stored.clear()
+    path.write_bytes(stored)
 
 
 @pytest.fixture(scope="session")

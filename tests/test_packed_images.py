@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import damage
 from tinycats import packed_images
 from tinycats.errors import TransientError, UserError
 from tinycats.image_folders import scan
@@ -87,27 +88,6 @@ def test_a_damaged_pack_is_packed_anew(tmp_path):
     with (first.folder / "pixels.bin").open("ab") as file:
         file.truncate(100)
     assert (pack(root)[39] == RED).all()
-
-
-def damage(path: Path, rng: random.Random) -> None:
-    """What disks and careless hands do to a file."""
-    stored = bytearray(path.read_bytes())
-    at = rng.randrange(len(stored))
-    match rng.choice(["flip", "swap", "zeros", "cut", "append", "shift"]):
-        case "flip":
-            stored[at] ^= 1 << rng.randrange(8)
-        case "swap":
-            other = rng.randrange(len(stored))
-            stored[at], stored[other] = stored[other], stored[at]
-        case "zeros":
-            stored[at : at + 4096] = bytes(len(stored[at : at + 4096]))
-        case "cut":
-            del stored[at:]
-        case "append":
-            stored += b"more"
-        case "shift":
-            stored[at:] = stored[at + 1 :] + b"x"
-    path.write_bytes(stored)
 
 
 def test_whatever_is_damaged_is_noticed_and_packed_again(tmp_path, capsys):

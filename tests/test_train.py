@@ -259,6 +259,9 @@ def test_the_terminal_that_goes_away_stops_it_with_its_state_saved(small_toy, tm
         (["--run", "a", "--resume", "b"], "give one of them"),
         (["--epoch", "3"], "unrecognized arguments: --epoch"),
         (["--warmup-epochs", "11"], "is more than --epochs 10"),
+        (["two\nlines"], "two lines is not there"),
+        (["\x1b[31m"], "\\x1b[31m is not there"),
+        (["--epoch\ns"], "unrecognized arguments: --epoch s"),
         (["x" * 5000], "file name too long"),
         (["--resume", "x" * 5000], "file name too long"),
         (["--output-dir", "x" * 5000], "file name too long"),
@@ -381,6 +384,14 @@ def test_a_run_that_exists_is_not_continued_or_overwritten_by_accident(copy_of_r
         train_here(small_toy, "--run", "r")
     assert "the run r exists; go on with it by --resume r" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in copy_of_run.iterdir()} == before
+
+
+def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path):
+    (tmp_path / "modal").mkdir()
+    (tmp_path / "modal" / "__init__.py").write_text("import os, time; os.kill(os.getpid(), 2); time.sleep(10)")
+    process = script_process("train.py", cwd=tmp_path, cold=True, env={"PYTHONPATH": str(tmp_path)})
+    assert process.communicate(timeout=60) == ("", "")
+    assert process.returncode == -signal.SIGINT
 
 
 @pytest.mark.slow

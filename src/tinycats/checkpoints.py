@@ -11,7 +11,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from tinycats.durable_files import DamagedFile, atomic_write, footer, read_whole
+from tinycats.durable_files import DamagedFile, atomic_write, footer, publish_copy, read_whole
 from tinycats.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,18 @@ def save_model(path: Path, contents: dict[str, Any]) -> None:
         save(path, contents)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; the run's checkpoint has the weights") from error
+
+
+def publish_model(path: Path, destination: Path) -> None:
+    """Copy a run's finished model to where all runs put theirs; of two that do so at the same time one stays.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        publish_copy(path, destination)
+    except OSError as error:
+        raise UserError(f"cannot write {destination}: {error.strerror}; the model is {path}") from error
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from tinycats import checkpoints, runs
 from tinycats.data_dirs import CATS, TOY, is_cats, problem_with
-from tinycats.errors import UserError, looking_at_what_the_user_named
+from tinycats.errors import UserError, looking_at_what_the_user_named, one_line
 from tinycats.machines import ThisMachine
 from tinycats.signals import Stopped, StopSignals
 
@@ -159,7 +159,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line on stderr, and exit 2."""
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)} (--help lists the options)\n")
 
     def parse(self, arguments: Sequence[str], *, on_modal: bool = False) -> Options:
         """Parse and check a whole command line; exits 2 with one line if anything is wrong with it.
@@ -252,5 +252,5 @@ def run_on_this_machine(parser: Parser, train: Callable[[Options, StopSignals, T
                     message, status = f"stopped: {error}", error.exit_status
                 case _:
                     message, status = f"error: {type(error).__name__}: {error} (--debug shows where)", 1
-            print(" ".join(message.split()), file=sys.stderr)
+            print(one_line(message), file=sys.stderr)
             return status

@@ -62,6 +62,23 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def publish_copy(file: Path, destination: Path) -> None:
+    """Copy a file that nobody else writes to where others publish theirs: the last one stays, whole.
+
+    Raises:
+        OSError: `destination` is not writable, or not on the same disk, or that is full.
+    """
+    partial = partial_name(file.with_name(f"{file.name}.copy"))  # beside the file: one that is ours alone
+    try:
+        shutil.copyfile(file, partial)
+        _sync(partial)
+        partial.replace(destination)
+        _sync(destination.parent)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder to fill; it becomes `path` when the block ends and vanishes if it raises.

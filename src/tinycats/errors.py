@@ -27,3 +27,8 @@ def looking_at_what_the_user_named() -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {(error.strerror or str(error)).lower()}") from error
+
+
+def one_line(message: str) -> str:
+    """The message as one line, whatever names and other libraries' messages it quotes."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in " ".join(message.split()))

@@ -25,7 +25,7 @@ import modal
 from tinycats import checkpoints, runs
 from tinycats.command_line import Options, Parser, run_name
 from tinycats.data_dirs import is_cats, is_toy
-from tinycats.errors import TransientError, UserError, looking_at_what_the_user_named
+from tinycats.errors import TransientError, UserError, looking_at_what_the_user_named, one_line
 from tinycats.image_folders import ImageFolder, scan
 from tinycats.machines import ThisMachine
 from tinycats.signals import StopSignals
@@ -177,7 +177,7 @@ def _follow(call: modal.FunctionCall) -> dict[str, Any]:
 
 
 def _fail(message: str) -> None:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(1)
 
 

@@ -80,9 +80,10 @@ class PackedImages:
         self._shapes = [(image["height"], image["width"], 3) for image in index["images"]]
         sizes = np.array([height * width * channels for height, width, channels in self._shapes], np.int64)
         self._offsets = np.concatenate([[0], np.cumsum(sizes)])
-        self._pixels = np.memmap(folder / "pixels.bin", np.uint8, mode="c")  # torch warns of read-only ones
-        if len(self._pixels) != self._offsets[-1]:
-            raise DamagedFile(f"{folder / 'pixels.bin'} is not of the size that its index says")
+        path = folder / "pixels.bin"
+        if path.stat().st_size != self._offsets[-1]:
+            raise DamagedFile(f"{path} is not of the size that its index says")
+        self._pixels = np.memmap(path, np.uint8, mode="c")  # torch warns of read-only ones
 
     def __len__(self) -> int:
         return len(self.paths)

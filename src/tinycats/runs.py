@@ -7,7 +7,7 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -120,7 +120,7 @@ class Run:
         machine: ThisMachine,
         save_every: float,
     ):
-        from torch.utils.tensorboard import SummaryWriter
+        from tinycats.event_file import EventFile  # needs torch
 
         self.folder = folder
         self.metrics = metrics
@@ -130,10 +130,7 @@ class Run:
         self._saved_at = time.monotonic()
         with atomic_write(folder / "metrics.jsonl") as file:
             file.writelines(_json_line(row) for row in metrics)
-        self._tensorboard = SummaryWriter(folder, purge_step=step + 1 if step else None)
-        # Its thread would write the purge at a time of its own. A loader's worker process forked at that very
-        # moment would keep the file open for as long as it lives, and no commit would work any more.
-        self._tensorboard.flush()
+        self._events = EventFile(folder, step)
 
     def record(self, row: dict[str, Any]) -> None:
         """Add a row: a `step`, and numbers or dicts of numbers, none of which depends on the clock.
@@ -148,10 +145,9 @@ class Run:
             for key, value in row.items():
                 if isinstance(value, dict):
                     for name, part in value.items():
-                        self._tensorboard.add_scalar(f"{key}/{name}", part, row["step"])
+                        self._events.add_scalar(f"{key}/{name}", part, row["step"])
                 elif key not in ("step", "epoch"):
-                    self._tensorboard.add_scalar(key, value, row["step"])
-            self._tensorboard.flush()
+                    self._events.add_scalar(key, value, row["step"])
         except OSError as error:
             raise UserError(
                 f"cannot write to {self.folder}: {error.strerror}; the saved checkpoint is untouched"
@@ -170,8 +166,7 @@ class Run:
             path.parent.mkdir(exist_ok=True)
             with atomic_write(path) as file:
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "png")
-            self._tensorboard.add_image(name, image, step)
-            self._tensorboard.flush()
+            self._events.add_image(name, image, step)
         except OSError as error:
             raise UserError(
                 f"cannot write to {self.folder}: {error.strerror}; the saved checkpoint is untouched"
@@ -198,10 +193,6 @@ class Run:
             raise Stopped(
                 self._stop.requested, f"the run is saved at step {checkpoint['step']}; go on with it: {resume}"
             )
-
-    def close(self) -> None:
-        """Close the files."""
-        self._tensorboard.close()
 
 
 @contextmanager
@@ -231,7 +222,7 @@ def open_run(
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(machine.lock(folder))
             file_log = stack.enter_context(_log_to_file(program, folder / "train.log"))
-            run = stack.enter_context(closing(Run(folder, metrics, step, stop, machine, save_every)))
+            run = Run(folder, metrics, step, stop, machine, save_every)
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror}") from error
         stack.enter_context(logging_redirect_tqdm([program]))

@@ -184,10 +184,15 @@ class ModalCloud:
         """A volume; its `files` is the folder of what has been committed."""
         return self._cloud.volume(name)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no call is running any more."""
+        return all(call.done.is_set() or (call.task and call.task.done()) for call in [*self._cloud.calls.values()])
+
     def wait(self, timeout: float = 600) -> None:
         """Wait until no call is running any more."""
         deadline = time.monotonic() + timeout
-        while not all(call.done.is_set() or (call.task and call.task.done()) for call in [*self._cloud.calls.values()]):
+        while not self.is_idle:
             if time.monotonic() > deadline:
                 raise TimeoutError("a call is still running")
             time.sleep(0.1)
