@@ -3,6 +3,7 @@
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,6 +25,14 @@ WARM_PYTHON = WarmPython()
 
 # Small enough for a step to take a tenth of a second on two cores, and an epoch of small_toy five steps.
 SMALL = ("--image-size", "32", "--batch-size", "8", "--lr", "1e-3", "--no-pretrained")
+
+
+def pytest_configure() -> None:
+    """What a script starts in the background ignores Ctrl-C and, under nohup, a closed terminal: not here, where tests
+    send both."""
+    for signum, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(signum) is signal.SIG_IGN:
+            signal.signal(signum, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
