@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from loader import rate
-from tinycats import devices, generator
+from tinycats import devices, frames, generator
 from tinycats.batches import TrainingBatches, load_batches
 from tinycats.datasets import open_dataset
 from tinycats.dit import TinyDiT
@@ -71,8 +71,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
 
-    images = open_dataset(options.folder, IMAGE_SIZE, options.folder.parent)
-    batches = TrainingBatches(images, options.batch_size, generator.training_transform(IMAGE_SIZE), seed=0)
+    images = open_dataset(options.folder, frames.square(IMAGE_SIZE), options.folder.parent)
+    batches = TrainingBatches(images, options.batch_size, generator.training_transform, seed=0)
     if batches.batch_size < options.batch_size:
         parser.error(f"{options.folder} has only {batches.batch_size} images to train on")
     step = Step()
@@ -80,7 +80,7 @@ def main() -> None:
     rates, seconds = [], []
     for _ in range(options.rounds):
         loader = load_batches(batches, range(41), options.num_workers, pin_memory=False)
-        rates.append(rate(loader, options.batch_size, lambda images: images))
+        rates.append(rate(loader, lambda images: images))
         seconds.append(step.seconds(options.batch_size))
     ready, wanted = statistics.median(rates), options.batch_size / statistics.median(seconds)
     operations = step.operations()

@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchvision.utils import make_grid, save_image
 
 from sample_quality import distances_in_words, training_images, validation_images
-from tinycats import flow_matching, generator
+from tinycats import flow_matching, frames, generator
 from tinycats.batches import TrainingBatches, load_batches
 from tinycats.datasets import open_dataset
 from tinycats.dit import TinyDiT, sinusoids
@@ -129,9 +129,7 @@ def train(
     ema = ema_model(model, 0.999)
     optimizer = adamw(model, options.lr, 0.0, beta2)
     rate = schedule(optimizer, options.steps // 10, options.steps)
-    batches = TrainingBatches(
-        images, options.batch_size, generator.training_transform(options.image_size), options.seed
-    )
+    batches = TrainingBatches(images, options.batch_size, generator.training_transform, options.seed)
     for images, labels in load_batches(batches, range(options.steps), 0, pin_memory=False):
         targets = generator.to_unit(images)
         noise, now = torch.randn_like(targets), timesteps(len(targets), torch.default_generator)
@@ -163,9 +161,9 @@ def main() -> None:
     options = parser.parse_args()
 
     options.output.mkdir(parents=True, exist_ok=True)
-    images = open_dataset(options.folder, options.image_size, options.folder.parent)
-    real, _ = validation_images(images, options.image_size)
-    others = training_images(images, options.image_size)[: len(real)]
+    images = open_dataset(options.folder, frames.square(options.image_size), options.folder.parent)
+    real, _ = validation_images(images)
+    others = training_images(images)[: len(real)]
     print(f"{'real images':58} distance {distances_in_words(pyramid_distances(others, real))}", flush=True)
     noise = generator.starting_noise(len(real), options.image_size, seed=0)
     for name in options.variants:

@@ -1,17 +1,18 @@
 """How many images a second the loader prepares, against the plain torchvision pipeline, side by side.
 
-    python benchmarks/loader.py data/cats --num-workers 2
+    python benchmarks/loader.py data/cats --workers 0 1 2
 
-Both sides take the same photos, crop, mirror and normalise them in the same way and with as many worker
-processes. The plain side is what tutorials do: ImageFolder opens and decodes a file with Pillow each time it
-is wanted. Rounds alternate, so that a noisy machine is noisy to both; the ratio is of the medians.
+At 128 px as for TinyDiT (the middle square, mirrored or not) and at 224 px as for the classifier (a random part,
+mirrored or not), normalised, in batches. The plain side is what tutorials do: ImageFolder opens and decodes a file with
+Pillow each time it is wanted, in worker processes; ours are threads. Rounds alternate, so that a noisy machine is noisy
+to both; the ratio is of the medians. What normalises runs on one core, as if a GPU did the rest.
 """
 
 import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
@@ -21,35 +22,43 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from tinycats import classifier
-from tinycats.batches import TrainingBatches, load_batches
+from tinycats import classifier, frames, generator
+from tinycats.batches import Batch, TrainingBatches, load_batches
 from tinycats.datasets import open_dataset
 
+SIZES = {128: "the middle, for TinyDiT", 224: "random parts, for the classifier"}
+BATCH_SIZES = {128: 256, 224: 32}
 
-def plain(folder: Path, image_size: int, batch_size: int, steps: int, workers: int) -> float:
+
+def plain(folder: Path, image_size: int, images: int, workers: int) -> float:
     """Images a second of ImageFolder + Pillow + torchvision.transforms."""
-    pipeline = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(image_size, scale=classifier.CROP_SCALE),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(classifier.MEAN, classifier.STD),
-        ]
-    )
-    images = ImageFolder(str(folder), pipeline)
-    sampler = RandomSampler(images, replacement=True, num_samples=(steps + 1) * batch_size)
-    return rate(DataLoader(images, batch_size, sampler=sampler, num_workers=workers), batch_size, lambda batch: batch)
+    if image_size == 128:
+        cut: Sequence[Callable] = [transforms.Resize(image_size), transforms.CenterCrop(image_size)]
+        scale = transforms.Normalize([0.5] * 3, [0.5] * 3)
+    else:
+        cut = [transforms.RandomResizedCrop(image_size, scale=classifier.CROP_SCALE)]
+        scale = transforms.Normalize(classifier.MEAN, classifier.STD)
+    pipeline = transforms.Compose([*cut, transforms.RandomHorizontalFlip(), transforms.ToTensor(), scale])
+    dataset = ImageFolder(str(folder), pipeline)
+    batch_size = min(BATCH_SIZES[image_size], max(1, images // 4))
+    sampler = RandomSampler(dataset, replacement=True, num_samples=images + batch_size)
+    return rate(DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers), lambda batch: batch)
 
 
-def ours(folder: Path, image_size: int, batch_size: int, steps: int, workers: int) -> float:
-    """Images a second of the packed images, as src/train.py takes them."""
-    images = open_dataset(folder, classifier.stored_side(image_size), folder.parent)
-    batches = TrainingBatches(images, batch_size, classifier.training_transform(image_size), seed=0)
-    loader = load_batches(batches, range(steps + 1), workers, pin_memory=False)
-    return rate(loader, batches.batch_size, classifier.normalise)
+def ours(folder: Path, image_size: int, images: int, workers: int) -> float:
+    """Images a second of the packed images, as the scripts take them."""
+    if image_size == 128:
+        frame, transform, finish = frames.square(image_size), generator.training_transform, generator.to_unit
+    else:
+        frame, finish = frames.to_crop_from(image_size), classifier.normalise
+        transform = classifier.training_transform(image_size)
+    dataset = open_dataset(folder, frame, folder.parent)
+    batches = TrainingBatches(dataset, BATCH_SIZES[image_size], transform, seed=0)
+    steps = images // batches.batch_size + 2
+    return rate(load_batches(batches, range(steps), workers, pin_memory=False), finish)
 
 
-def rate(loader: DataLoader, batch_size: int, finish: Callable[[torch.Tensor], torch.Tensor]) -> float:
+def rate(loader: Iterable[Batch], finish: Callable[[torch.Tensor], torch.Tensor]) -> float:
     """Images a second after the first batch, whose time is the workers' start."""
     batches = iter(loader)
     finish(next(batches)[0])
@@ -64,23 +73,27 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=Path("data/cats"), help="with train/<class>/ and val/")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--num-workers", type=int, default=2)
+    parser.add_argument("--sizes", type=int, nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2], help="processes, or threads")
+    parser.add_argument("--images", type=int, default=1000, help="in a round; ten times that for the packed side")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    settings = (options.image_size, options.batch_size, options.steps, options.num_workers)
+    torch.set_num_threads(1)
 
-    ours(options.folder, *settings)  # packs the images, once
-    rates: dict[str, list[float]] = {"plain": [], "ours": []}
-    for _ in range(options.rounds):
-        rates["plain"].append(plain(options.folder / "train", *settings))
-        rates["ours"].append(ours(options.folder, *settings))
-    for name, values in rates.items():
-        low, middle, high = min(values), statistics.median(values), max(values)
-        print(f"{name:6} {middle:7.0f} images/s (min {low:.0f}, max {high:.0f})")
-    print(f"ratio  {statistics.median(rates['ours']) / statistics.median(rates['plain']):.1f}x")
+    print("| | workers | plain, images/s | packed, images/s | ratio |\n|---|---|---|---|---|")
+    for size in options.sizes:
+        ours(options.folder, size, 1, 0)  # packs the images, once
+        for workers in options.workers:
+            rounds = [
+                (
+                    plain(options.folder / "train", size, options.images, workers),
+                    ours(options.folder, size, 10 * options.images, workers),
+                )
+                for _ in range(options.rounds)
+            ]
+            theirs, mine = (statistics.median(rates) for rates in zip(*rounds, strict=True))
+            row = f"{size} px, {SIZES[size]} | {workers} | {theirs:.0f} | {mine:.0f} | {mine / theirs:.1f}x"
+            print(f"| {row} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -20,23 +20,22 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 import torch
 from torchvision.utils import save_image
 
-from tinycats import generator
+from tinycats import frames, generator
 from tinycats.batches import TrainingBatches, ValidationBatches
 from tinycats.datasets import open_dataset
 from tinycats.packed_images import PackedImages
 from tinycats.sliced_wasserstein import pyramid_distances
 
 
-def validation_images(images: PackedImages, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def validation_images(images: PackedImages) -> tuple[torch.Tensor, torch.Tensor]:
     """float [N, 3, S, S] in [-1, 1], and their labels."""
-    batches = ValidationBatches(images, len(images), generator.validation_transform(size))
-    images, labels = batches[0]
-    return generator.to_unit(images), labels
+    pixels, labels = ValidationBatches(images, len(images), generator.validation_transform)[0]
+    return generator.to_unit(pixels), labels
 
 
-def training_images(images: PackedImages, size: int) -> torch.Tensor:
+def training_images(images: PackedImages) -> torch.Tensor:
     """float [N, 3, S, S] in [-1, 1], in random order."""
-    batches = TrainingBatches(images, len(images), generator.validation_transform(size), seed=0)
+    batches = TrainingBatches(images, len(images), generator.validation_transform, seed=0)
     return generator.to_unit(batches[0][0])
 
 
@@ -68,9 +67,9 @@ def main() -> None:
     if options.cfg_scale is not None:
         finished = dataclasses.replace(finished, guidance_scale=options.cfg_scale)
     size = finished.model.image_size
-    images = open_dataset(options.folder, size, options.folder.parent)
-    real, labels = validation_images(images, size)
-    shown = training_images(images, size)
+    images = open_dataset(options.folder, frames.square(size), options.folder.parent)
+    real, labels = validation_images(images)
+    shown = training_images(images)
     print(f"real images     {distances_in_words(pyramid_distances(shown[: len(real)], real))}", flush=True)
 
     names = [images.classes[label] for label in labels]

@@ -23,12 +23,14 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import modal
 
-from tinycats import checkpoints, command_line, modal_runs, runs
+from tinycats import checkpoints, command_line, frames, modal_runs, runs
 from tinycats.command_line import Options, number, whole_number
 from tinycats.data_dirs import is_toy
 from tinycats.errors import UserError
+from tinycats.frames import Frame
 from tinycats.machines import ThisMachine
 from tinycats.signals import StopSignals
+from tinycats.startup import Startup
 
 # torch is imported where it is used: `modal run` works without it, and `--help` does not wait for it.
 
@@ -87,24 +89,29 @@ PARSER = ClassifierParser()
 OPTIONS = modal_runs.parsed_at_import(PARSER, __file__) or PARSER.parse([], on_modal=True)
 
 
+def frame_of(options: Options) -> Frame:
+    """The size of the images that are packed, for a random part of each to be trained on."""
+    return frames.to_crop_from(options.image_size)
+
+
 # --- Modal -------------------------------------------------------------------------------------------------------
 
 app = modal.App("tiny-cats-model")
 
 
-@app.function(
-    image=modal_runs.IMAGE,
-    gpu=OPTIONS.gpu or "T4",
-    cpu=modal_runs.CPU,
-    memory=modal_runs.MEMORY,
-    volumes=modal_runs.VOLUMES,
-    timeout=round(3600 * OPTIONS.timeout),
-    retries=modal_runs.RETRIES,
-    single_use_containers=True,
-)
+TIMEOUT = round(3600 * OPTIONS.timeout)
+
+
+@app.function(**modal_runs.CONTAINER, timeout=TIMEOUT)
+def prepare_on_modal(payload: dict) -> dict:
+    """What needs no GPU: the images are prepared, then `train_on_modal` is called."""
+    return modal_runs.prepare_in_container(train_on_modal, payload)
+
+
+@app.function(**modal_runs.CONTAINER, timeout=TIMEOUT, gpu=OPTIONS.gpu or "T4")
 def train_on_modal(payload: dict) -> dict:
     """One attempt at a run, in a container; every attempt gets the same payload."""
-    return modal_runs.run_in_container(PARSER, train, payload)
+    return modal_runs.train_in_container(PARSER, train, prepare_on_modal, payload)
 
 
 # --- training ----------------------------------------------------------------------------------------------------
@@ -123,6 +130,8 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     folder, checkpoint = runs.starting_point(options, PARSER.prog)
     if checkpoint:
         options = command_line.resumed_options(options, checkpoint["options"])
+    description = command_line.description(PARSER.prog, options)
+    startup = Startup()
 
     import torch
     from torch.nn.functional import cross_entropy
@@ -132,8 +141,10 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     from tinycats.batches import INITIALISATION, TrainingBatches, ValidationBatches, load_batches, seed_for
     from tinycats.optimization import adamw, all_finite, warmup_cosine
 
+    startup.ended("imports")
+
     # Images: decoded once, and cut into the same batches whatever happens on the way.
-    dataset = machine.open_dataset(options.data_dir, classifier.stored_side(options.image_size), options.output_dir)
+    dataset = machine.open_dataset(options.data_dir, frame_of(options), options.output_dir)
     classes = dataset.classes
     if len(classes) < 2:
         raise UserError(f"{options.data_dir} has a single class, {classes[0]!r}: a classifier needs at least two")
@@ -144,6 +155,8 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     batches = TrainingBatches(dataset, options.batch_size, training_transform, options.seed)
     validation_batches = ValidationBatches(dataset, options.batch_size, validation_transform)
     total_steps = options.epochs * batches.steps_per_epoch
+
+    startup.ended("images")
 
     # Model, optimizer, learning rate.
     device = devices.choose(options.mixed_precision, expects_gpu=machine.expects_gpu)
@@ -174,8 +187,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         require_finite(epoch_loss.item())
         require_finite(0.0 if all_finite(model) else math.inf)
         return {
-            "script": PARSER.prog,
-            "options": command_line.saved_options(options),
+            **description,
             "submission": options.submission,
             "data": dataset.content,
             "step": step,
@@ -209,7 +221,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         val_loss = total_loss.item() / len(validation_batches.indices)
         return {"val_loss": val_loss, **classifier.accuracies(confusion.cpu(), classes)}
 
-    with runs.open_run(folder, metrics, step, stop, machine, options.save_every) as run:
+    with runs.open_run(folder, description, metrics, step, stop, machine, options.save_every) as run:
         log.info("%s run %s at step %d of %d", "Resuming" if checkpoint else "Starting", folder.name, step, total_steps)
         log.info("%d images to train on, %d to validate with", len(batches.indices), len(validation_batches.indices))
         log.info("%d classes: %s", len(classes), ", ".join(classes))
@@ -217,6 +229,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             run.save(current_checkpoint())  # from here on there is something to resume
 
         loader = iter(load_batches(batches, range(step, total_steps), workers, pin_memory=device.is_gpu))
+        startup.ended("model")
         bar = tqdm(total=total_steps, initial=step, unit="step", disable=None)
         finished_epochs = sum("val_loss" in row for row in metrics)
         for epoch in range(finished_epochs + 1, options.epochs + 1):
@@ -242,6 +255,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 epoch_loss += loss.detach()
 
                 bar.update()
+                startup.first_step(loss)
                 if step % LOG_EVERY == 0:
                     value = loss.item()  # waits for the GPU, hence not at every step
                     require_finite(value)
@@ -291,7 +305,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
 @app.local_entrypoint()
 def main(*arguments: str) -> None:
     """`modal run src/train.py …`: check, submit, follow."""
-    modal_runs.submit(train_on_modal, PARSER, arguments)
+    modal_runs.submit(train_on_modal, prepare_on_modal, PARSER, frame_of, arguments)
 
 
 if __name__ == "__main__":

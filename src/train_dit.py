@@ -23,12 +23,14 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import modal
 
-from tinycats import checkpoints, command_line, modal_runs, runs
+from tinycats import checkpoints, command_line, frames, modal_runs, runs
 from tinycats.command_line import Options, number, whole_number
 from tinycats.data_dirs import is_toy
 from tinycats.errors import UserError
+from tinycats.frames import Frame
 from tinycats.machines import ThisMachine
 from tinycats.signals import StopSignals
+from tinycats.startup import Startup
 
 # torch is imported where it is used: `modal run` works without it, and `--help` does not wait for it.
 
@@ -110,24 +112,29 @@ PARSER = GeneratorParser()
 OPTIONS = modal_runs.parsed_at_import(PARSER, __file__) or PARSER.parse([], on_modal=True)
 
 
+def frame_of(options: Options) -> Frame:
+    """The size of the images that are packed, and trained on as they are."""
+    return frames.square(options.image_size)
+
+
 # --- Modal -------------------------------------------------------------------------------------------------------
 
 app = modal.App("tiny-cats-dit")
 
 
-@app.function(
-    image=modal_runs.IMAGE,
-    gpu=OPTIONS.gpu or "A10G",
-    cpu=modal_runs.CPU,
-    memory=modal_runs.MEMORY,
-    volumes=modal_runs.VOLUMES,
-    timeout=round(3600 * OPTIONS.timeout),
-    retries=modal_runs.RETRIES,
-    single_use_containers=True,
-)
+TIMEOUT = round(3600 * OPTIONS.timeout)
+
+
+@app.function(**modal_runs.CONTAINER, timeout=TIMEOUT)
+def prepare_on_modal(payload: dict) -> dict:
+    """What needs no GPU: the images are prepared, then `train_on_modal` is called."""
+    return modal_runs.prepare_in_container(train_on_modal, payload)
+
+
+@app.function(**modal_runs.CONTAINER, timeout=TIMEOUT, gpu=OPTIONS.gpu or "A10G")
 def train_on_modal(payload: dict) -> dict:
     """One attempt at a run, in a container; every attempt gets the same payload."""
-    return modal_runs.run_in_container(PARSER, train, payload)
+    return modal_runs.train_in_container(PARSER, train, prepare_on_modal, payload)
 
 
 # --- training ----------------------------------------------------------------------------------------------------
@@ -146,6 +153,8 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     folder, checkpoint = runs.starting_point(options, PARSER.prog)
     if checkpoint:
         options = command_line.resumed_options(options, checkpoint["options"])
+    description = command_line.description(PARSER.prog, options)
+    startup = Startup()
 
     import torch
     from tqdm import tqdm
@@ -166,16 +175,16 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     from tinycats.flow_matching import drop_classes, flow_matching_loss, sample_timesteps
     from tinycats.optimization import adamw, all_finite, warmup_stable_decay
 
+    startup.ended("imports")
+
     # Images: decoded once, and cut into the same batches whatever happens on the way.
-    dataset = machine.open_dataset(options.data_dir, options.image_size, options.output_dir)
+    dataset = machine.open_dataset(options.data_dir, frame_of(options), options.output_dir)
     if checkpoint and checkpoint["data"] != dataset.content:
         raise UserError(f"{options.data_dir} does not hold the images that this run was trained on so far")
-    batches = TrainingBatches(
-        dataset, options.batch_size, generator.training_transform(options.image_size), options.seed
-    )
-    validation_batches = ValidationBatches(
-        dataset, options.batch_size, generator.validation_transform(options.image_size)
-    )
+    batches = TrainingBatches(dataset, options.batch_size, generator.training_transform, options.seed)
+    validation_batches = ValidationBatches(dataset, options.batch_size, generator.validation_transform)
+
+    startup.ended("images")
 
     # Model, EMA, optimizer, learning rate.
     device = devices.choose(options.mixed_precision, expects_gpu=machine.expects_gpu)
@@ -207,8 +216,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         if not all_finite(model):
             require_sound(math.inf)
         return {
-            "script": PARSER.prog,
-            "options": command_line.saved_options(options),
+            **description,
             "submission": options.submission,
             "data": dataset.content,
             "step": step,
@@ -238,7 +246,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 total += len(images) * flow_matching_loss(ema, noise, targets, timesteps, device.put(labels))
         return total.item() / len(validation_batches.indices)
 
-    with runs.open_run(folder, metrics, step, stop, machine, options.save_every) as run:
+    with runs.open_run(folder, description, metrics, step, stop, machine, options.save_every) as run:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         log.info(
             "%s run %s at step %d of %d", "Resuming" if checkpoint else "Starting", folder.name, step, options.steps
@@ -250,6 +258,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             run.save(current_checkpoint())  # from here on there is something to resume
 
         loader = iter(load_batches(batches, range(step, options.steps), workers, pin_memory=device.is_gpu))
+        startup.ended("model")
         bar = tqdm(total=options.steps, initial=step, unit="step", disable=None)
         began, first_step, waited = time.perf_counter(), step, 0.0
         model.train()
@@ -280,6 +289,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             step += 1
 
             bar.update()
+            startup.first_step(loss)
             if step % LOG_EVERY == 0 or step == options.steps:
                 value = loss.item()  # waits for the GPU, hence not at every step
                 require_sound(value)
@@ -321,7 +331,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
 @app.local_entrypoint()
 def main(*arguments: str) -> None:
     """`modal run src/train_dit.py …`: check, submit, follow."""
-    modal_runs.submit(train_on_modal, PARSER, arguments)
+    modal_runs.submit(train_on_modal, prepare_on_modal, PARSER, frame_of, arguments)
 
 
 if __name__ == "__main__":

@@ -41,9 +41,11 @@ import train
 import train_dit
 from conftest import REPOSITORY, WARM_PYTHON, damage, script_process
 from modal_cloud import ModalCloud
-from tinycats import checkpoints, classifier, generator, modal_runs, packed_images
+from tinycats import checkpoints, classifier, generator, modal_runs
+from tinycats.datasets import open_dataset
+from tinycats.decoding import decode
 from tinycats.errors import UserError
-from tinycats.image_folders import scan
+from tinycats.frames import Frame
 from tinycats.runs import log_to_stdout
 from tinycats.signals import StopSignals
 from tinycats.toy_cats import draw_toy_cats
@@ -286,14 +288,15 @@ def damaged_model(script: Script, root: Path, seed: int) -> Iterator[str]:
 
 
 def damaged_pack(data: Path, root: Path, seed: int) -> Iterator[str]:
-    """pixels.bin, index.json."""
+    """pixels.bin, and what says what is in it."""
     rng = random.Random(seed)
+    frame = Frame(37, square=rng.random() < 0.5)
     with folder_below(root) as folder:
         shutil.copytree(data, folder / "cats")
-        images = packed_images.packed(scan(folder / "cats"), 37, folder)
+        images = open_dataset(folder / "cats", frame, folder)
         pixels, content = [image.copy() for image in images], images.content
-        damage(images.folder / rng.choice(["pixels.bin", "index.json"]), rng)
-        found = packed_images.packed(scan(folder / "cats"), 37, folder)
+        damage(rng.choice(sorted(images.folder.iterdir())), rng)
+        found = open_dataset(folder / "cats", frame, folder)
         if found.content != content or not all((a == b).all() for a, b in zip(found, pixels, strict=True)):
             raise Defect("a damaged pack was trained on")
         yield SAME
@@ -302,6 +305,7 @@ def damaged_pack(data: Path, root: Path, seed: int) -> Iterator[str]:
 def damaged_images(data: Path, root: Path, seed: int) -> Iterator[str]:
     """A few images of a folder: what cannot be read is named and left out, the rest is as Pillow reads it."""
     rng = random.Random(seed)
+    frame = Frame(37)
     with folder_below(root) as folder:
         shutil.copytree(data, folder / "cats")
         files = sorted((folder / "cats").rglob("*.png"))
@@ -313,17 +317,18 @@ def damaged_images(data: Path, root: Path, seed: int) -> Iterator[str]:
         for path in victims:
             damage(path, rng)
         try:
-            images = packed_images.packed(scan(folder / "cats"), 37, folder)
+            images = open_dataset(folder / "cats", frame, folder)
         except UserError as error:
             require_one_line(f"{error}\n", "cannot be read")
             yield from [REFUSED] * len(victims)
             return
         left_out = {path for path, _ in images.unreadable}
+        paths = [images.path(index) for index in range(len(images))]
         for path in victims:
             name = path.relative_to(folder / "cats").as_posix()
             if name in left_out:
                 yield REFUSED
-            elif not np.array_equal(images[images.paths.index(name)], packed_images.decode(path, 37)):
+            elif not np.array_equal(images[paths.index(name)], decode(path, frame)):
                 raise Defect(f"{name} is packed otherwise than it is decoded")
             else:
                 yield SAME

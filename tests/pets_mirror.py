@@ -3,8 +3,10 @@
 import hashlib
 import http.server
 import io
+import math
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +41,7 @@ class Mirror:
         self.requests: list[str] = []
         self.cut: set[str] = set()  # archives to cut off, always
         self.cut_next: dict[str, int] = {}  # or the next so many times
+        self.bytes_per_second: float = math.inf
         mirror = self
 
         class Handler(http.server.SimpleHTTPRequestHandler):
@@ -52,6 +55,7 @@ class Mirror:
                 left = mirror.cut_next.get(name, 0)
                 mirror.cut_next[name] = left - 1
                 cut = name in mirror.cut or left > 0
+                time.sleep(len(contents) / mirror.bytes_per_second)
                 self.wfile.write(contents[: len(contents) // 2] if cut else contents)
 
             def do_HEAD(self):
@@ -67,12 +71,12 @@ class Mirror:
 
 
 @contextmanager
-def serve(folder: Path) -> Iterator[Mirror]:
-    """A mirror of the dataset, its archives made in `folder`."""
+def serve(folder: Path, files: dict[str, bytes] | None = None) -> Iterator[Mirror]:
+    """A mirror of the dataset, or of other files in its shape, its archives made in `folder`."""
     sums = []
     for archive, prefix in (("images.tar.gz", "images/"), ("annotations.tar.gz", "annotations/")):
         with tarfile.open(folder / archive, "w:gz") as tar:
-            for name, contents in dataset_files().items():
+            for name, contents in (files or dataset_files()).items():
                 if name.startswith(prefix):
                     entry = tarfile.TarInfo(name)
                     entry.size = len(contents)

@@ -2,17 +2,20 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from tinycats import generator
 from tinycats.batches import TrainingBatches, ValidationBatches, load_batches, seed_for
 from tinycats.classifier import training_transform, validation_transform
 from tinycats.datasets import open_dataset
+from tinycats.frames import Frame
 
 
 @pytest.fixture(scope="module")
 def images(small_toy):
-    return open_dataset(small_toy, 37, small_toy.parent)
+    return open_dataset(small_toy, Frame(37), small_toy.parent)
 
 
 def batches_of(images, seed=0, batch_size=12) -> TrainingBatches:
@@ -32,6 +35,19 @@ def equal(one, other) -> bool:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_any_number_of_workers_prepares_the_same_batches(images, workers):
     assert equal(loaded(batches_of(images), range(8), workers), loaded(batches_of(images), range(8)))
+
+
+def test_batches_of_square_images_are_prepared_alike(small_toy):
+    images = open_dataset(small_toy, Frame(32, square=True), small_toy.parent)
+    batches = TrainingBatches(images, 12, generator.training_transform, seed=0)
+    assert equal(loaded(batches, range(8), 2), loaded(batches, range(8)))
+    ((pixels, _labels),) = loaded(batches, [0])
+    assert (pixels.shape, pixels.dtype) == ((12, 3, 32, 32), torch.uint8)
+    rows = {image.tobytes() for image in images.batch(np.arange(40))}
+    mirrored = {image[:, ::-1].tobytes() for image in images.batch(np.arange(40))}
+    shown = [image.permute(1, 2, 0).numpy().tobytes() for image in pixels]
+    assert {image in rows for image in shown} == {image in mirrored for image in shown} == {True, False}
+    assert all((image in rows) != (image in mirrored) for image in shown)
 
 
 def test_batches_do_not_depend_on_where_one_starts_nor_on_torchs_generator(images):
@@ -74,7 +90,7 @@ def test_validation_shows_every_held_out_image_once_and_never_a_training_one(ima
     batches = ValidationBatches(images, 8, validation_transform(32))
     assert sum(len(labels) for _, labels in loaded(batches, range(len(batches)))) == 20
     assert not set(batches.indices) & set(batches_of(images).indices)
-    assert all(Path(images.paths[index]).parts[0] == "val" for index in batches.indices)
+    assert all(Path(images.path(index)).parts[0] == "val" for index in batches.indices)
 
 
 def test_seeds_for_different_purposes_and_positions_differ():

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from conftest import REPOSITORY
+from pets_mirror import dataset_files
 from tinycats import generator
 from tinycats.dit import TinyDiT
 
@@ -23,13 +25,33 @@ def benchmark(script: str, *arguments: object) -> str:
 
 @pytest.mark.slow
 def test_the_loader_is_compared_with_the_plain_pipeline(small_toy):
-    printed = benchmark("loader.py", small_toy, "--image-size", 32, "--batch-size", 8, "--steps", 3, "--rounds", 1)
-    assert "ratio" in printed
+    printed = benchmark("loader.py", small_toy, "--workers", 0, 1, "--images", 16, "--rounds", 1)
+    rows = [line.split("|") for line in printed.splitlines()[2:]]
+    assert [(row[1].split()[0], int(row[2])) for row in rows] == [("128", 0), ("128", 1), ("224", 0), ("224", 1)]
+    assert all(row[-2].strip().endswith("x") for row in rows)
 
 
-def test_what_verifying_packed_images_costs_is_measured():
-    printed = benchmark("packed_images.py", "--images", 50, "--side", 16)
-    assert [line[:5] for line in printed.splitlines()] == ["50 im", "open ", "read ", "read ", "SHA-2", "verif"]
+@pytest.mark.slow
+def test_what_many_images_cost_is_measured():
+    printed = benchmark("many_images.py", 500, 5000, "--rounds", 1)
+    assert [line.split("|")[1].strip() for line in printed.splitlines()[2:]] == ["500", "5,000"]
+
+
+@pytest.mark.slow
+def test_packing_is_compared_with_a_loop(small_toy):
+    printed = benchmark("packing.py", small_toy, "--times", 2, "--rounds", 1, "--files", 100)
+    assert "120 photos: a loop" in printed and "100 files are listed in" in printed
+
+
+@pytest.mark.slow
+def test_what_a_gpu_is_rented_for_before_it_trains_is_measured(tmp_path):
+    for name, contents in dataset_files().items():
+        if not name.startswith("annotations/t"):
+            (tmp_path / Path(name).name).write_bytes(contents)
+    printed = benchmark("first_step.py", tmp_path, "--checkouts", REPOSITORY)
+    rows = [[word.strip() for word in line.split("|")[1:-1]] for line in printed.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["the volume is empty", "the data is ready", "at another size"]
+    assert [float(row[3]) > 0 for row in rows] == [True, False, True]
 
 
 @pytest.mark.slow

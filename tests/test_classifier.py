@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tinycats import checkpoints, classifier
+from tinycats import checkpoints, classifier, frames
+from tinycats.decoding import decode
 from tinycats.errors import TransientError, UserError
 
 
@@ -29,12 +30,13 @@ def test_the_confusion_matrix_counts_labels_by_rows_and_answers_by_columns():
 
 
 def test_validation_shows_the_middle_and_training_a_part_and_both_in_bytes():
-    image = torch.randint(0, 256, (3, 73, 90), dtype=torch.uint8)
-    middle = classifier.validation_transform(64)(image)
-    assert torch.equal(middle, image[:, 4:68, 13:77])
-    part = classifier.training_transform(64)(image)
-    assert part.shape == (3, 64, 64)
-    assert part.dtype == torch.uint8
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (73, 90, 3), np.uint8)
+    (middle,) = classifier.validation_transform(64)([image], rng)
+    assert (middle == image[4:68, 13:77]).all()
+    (part,) = classifier.training_transform(64)([image], rng)
+    assert part.shape == (64, 64, 3)
+    assert part.dtype == np.uint8
 
 
 def test_normalised_images_have_imagenets_mean_and_deviation():
@@ -60,9 +62,9 @@ def test_an_exported_classifier_predicts_what_the_trained_one_did(tmp_path):
     assert list(probabilities) == ["a", "b", "c"]
     assert sum(probabilities.values()) == pytest.approx(1)
     with torch.inference_mode():
-        small = classifier.decode(tmp_path / "photo.png", classifier.stored_side(64))
-        image = classifier.validation_transform(64)(torch.from_numpy(small).permute(2, 0, 1))
-        expected = model(classifier.normalise(image[None])).softmax(1)
+        small = decode(tmp_path / "photo.png", frames.to_crop_from(64))
+        image = classifier.validation_transform(64)([small], np.random.default_rng())
+        expected = model(classifier.normalise(torch.from_numpy(image).permute(0, 3, 1, 2))).softmax(1)
     assert list(probabilities.values()) == pytest.approx(expected[0].tolist(), abs=1e-6)
     assert loaded.metrics == {"val_accuracy": 0.9}
 

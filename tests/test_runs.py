@@ -23,7 +23,7 @@ def open_below(folder: Path) -> list[Path]:
 def test_an_open_run_has_no_file_open_between_its_rows(tmp_path):
     """A resumed run's TensorBoard file was once written to by a thread of its own while the volume was committed."""
     threads = threading.active_count()
-    with open_run(tmp_path / "r", [], 5, StopSignals(), Container("train.py"), save_every=5) as run:
+    with open_run(tmp_path / "r", {}, [], 5, StopSignals(), Container("train.py"), save_every=5) as run:
         for step in range(6, 10):
             run.record({"step": step, "loss": 0.5})
             assert open_below(tmp_path) == []
@@ -38,7 +38,7 @@ def test_a_disk_that_is_full_is_one_line_wherever_it_shows(tmp_path, monkeypatch
 
     with (
         pytest.raises(UserError, match=r"cannot write to .*No space left on device; the saved checkpoint is untouched"),
-        open_run(tmp_path / "r", [], 0, StopSignals(), Container("train.py"), save_every=5) as run,
+        open_run(tmp_path / "r", {}, [], 0, StopSignals(), Container("train.py"), save_every=5) as run,
     ):
         monkeypatch.setattr(RecordWriter, "write", full)
         run.record({"step": 1, "loss": 0.5})
@@ -48,7 +48,7 @@ def test_a_lock_leaves_nothing_outside_its_run_and_follows_no_link(tmp_path, mon
     """Locks used to pile up in the temporary folder, under names that another user could put a link in place of."""
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    with open_run(tmp_path / "r", [], 0, StopSignals(), ThisMachine("train.py"), save_every=5):
+    with open_run(tmp_path / "r", {}, [], 0, StopSignals(), ThisMachine("train.py"), save_every=5):
         pass
     assert list((tmp_path / "tmp").iterdir()) == []
 
@@ -57,7 +57,7 @@ def test_a_lock_leaves_nothing_outside_its_run_and_follows_no_link(tmp_path, mon
     (tmp_path / "r" / ".lock").symlink_to(tmp_path / "precious")
     with (
         pytest.raises(UserError, match=r"cannot write to"),
-        open_run(tmp_path / "r", [], 0, StopSignals(), ThisMachine("train.py"), save_every=5),
+        open_run(tmp_path / "r", {}, [], 0, StopSignals(), ThisMachine("train.py"), save_every=5),
     ):
         pass
     assert (tmp_path / "precious").read_text() == "kept"

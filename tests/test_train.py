@@ -74,6 +74,7 @@ def test_a_run_leaves_what_the_design_says(undisturbed):
         "cats_model.pt",
         ".lock",
         "metrics.jsonl",
+        "run.json",
         "state.pt",
         "state.previous.pt",
         "train.log",
@@ -133,7 +134,7 @@ def test_strange_names_and_a_batch_larger_than_the_data_work(tmp_path, monkeypat
 def test_a_folder_that_is_packed_is_never_decoded_again(small_toy, tmp_path, monkeypatch):
     """Past failure 10: images were decoded in the training process, and the GPU waited.
 
-    Seen to fail with `Image.open` for the image of the map in batches._batch.
+    Seen to fail with `decode` for the image of the map in PackedImages.batch.
     """
     monkeypatch.chdir(tmp_path)
     shutil.copytree(small_toy, tmp_path / "cats")
@@ -376,6 +377,26 @@ def test_a_state_of_another_script_is_refused(copy_of_run):
     checkpoints.save(copy_of_run / checkpoints.CHECKPOINT, checkpoint | {"script": "train_dit.py"})
     with pytest.raises(UserError, match=r"is a checkpoint of train_dit\.py, not of train\.py"):
         train_here("--resume", "r")
+
+
+def test_a_run_that_another_version_began_is_refused(copy_of_run):
+    """Its batches were others: it would not go on to the end that it would have had."""
+    checkpoint = checkpoints.load(copy_of_run / checkpoints.CHECKPOINT)
+    del checkpoint["computation"]  # as it was before there were versions
+    checkpoints.save(copy_of_run / checkpoints.CHECKPOINT, checkpoint)
+    with pytest.raises(UserError, match="the run r was begun by an older version of this program, which makes"):
+        train_here("--resume", "r")
+    checkpoints.save(copy_of_run / checkpoints.CHECKPOINT, checkpoint | {"computation": 99})
+    with pytest.raises(UserError, match="by a newer version"):
+        train_here("--resume", "r")
+
+
+def test_the_log_says_where_the_seconds_before_the_first_step_went(undisturbed):
+    lines = re.findall(r"([\d.]+) seconds until the first step was done: (.*)", (undisturbed / "train.log").read_text())
+    ((total, phases),) = lines
+    seconds = {name: float(number) for name, number in (phase.rsplit(" ", 1) for phase in phases.split(", "))}
+    assert list(seconds) == ["start", "imports", "images", "model", "first step"]
+    assert sum(seconds.values()) == pytest.approx(float(total), abs=0.3)
 
 
 def test_a_run_that_exists_is_not_continued_or_overwritten_by_accident(copy_of_run, small_toy, capsys):

@@ -8,6 +8,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -21,6 +22,7 @@ from tinycats.datasets import open_dataset
 from tinycats.dit import TinyDiT
 from tinycats.errors import UserError
 from tinycats.flow_matching import flow_matching_loss, sample, sample_timesteps
+from tinycats.frames import Frame
 from tinycats.machines import ThisMachine
 from tinycats.runs import log_to_stdout
 from tinycats.signals import StopSignals
@@ -65,7 +67,16 @@ def undisturbed(small_toy, shared_folder) -> Path:
 
 def test_a_run_leaves_what_the_design_says(undisturbed):
     names = {path.name for path in undisturbed.iterdir() if not path.name.startswith("events.out.tfevents")}
-    assert names == {".lock", "metrics.jsonl", "samples", "state.pt", "state.previous.pt", "tiny_dit.pt", "train.log"}
+    assert names == {
+        ".lock",
+        "metrics.jsonl",
+        "run.json",
+        "samples",
+        "state.pt",
+        "state.previous.pt",
+        "tiny_dit.pt",
+        "train.log",
+    }
     assert {path.name for path in (undisturbed / "samples").iterdir()} == {"step_0000020.png", "step_0000030.png"}
     rows = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "val_loss" in row] == [20, 30]
@@ -108,10 +119,8 @@ def test_the_null_class_is_trained_like_the_others(undisturbed):
 
 @pytest.mark.slow
 def test_sixteen_images_are_memorised_and_sampled_again_from_their_own_noise(small_toy, tmp_path):
-    images = open_dataset(small_toy, 16, tmp_path)
-    chosen = [images.indices("train")[index] for index in range(0, 40, 40 // 16)][:16]
-    transform = generator.validation_transform(16)
-    images = torch.stack([transform(torch.from_numpy(images[index]).permute(2, 0, 1)) for index in chosen])
+    dataset = open_dataset(small_toy, Frame(16, square=True), tmp_path)
+    images = torch.from_numpy(dataset.batch(np.arange(0, 40, 40 // 16)[:16])).permute(0, 3, 1, 2)
     targets, labels = generator.to_unit(images), torch.arange(16)  # a class of its own for each
     at_once = 4  # timesteps of an image in a batch
     torch.manual_seed(0)

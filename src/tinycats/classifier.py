@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torchvision import models
-from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional
 
-from tinycats import checkpoints
+from tinycats import checkpoints, frames
+from tinycats.augmentation import middle_crops, mirror_half, random_crops
+from tinycats.batches import Transform
+from tinycats.decoding import decode
 from tinycats.errors import TransientError, UserError
 from tinycats.oxford_pets import OTHER
-from tinycats.packed_images import decode
 
 CROP_SCALE = (0.35, 1.0)  # the part of an image's area that training sees
 
@@ -39,32 +40,23 @@ def build(backbone: str, num_classes: int, *, pretrained: bool) -> nn.Module:
     return model
 
 
-def stored_side(image_size: int) -> int:
-    """The shorter side, in pixels, of the images from which `image_size` is cropped (256 for 224, as usual)."""
-    return round(image_size * 256 / 224)
+def training_transform(image_size: int) -> Transform:
+    """A random part of each image, mirrored or not. Colours stay as they are: they are what tells one coat from
+    another."""
+
+    def transform(images: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+        return mirror_half(random_crops(images, image_size, CROP_SCALE, rng), rng)
+
+    return transform
 
 
-class _RandomResizedCrop(v2.RandomResizedCrop):
-    """Copies what it crops before it resizes that: a view into the larger image is resized three times as
-    slowly (benchmarks/README.md)."""
+def validation_transform(image_size: int) -> Transform:
+    """The middle of each image."""
 
-    def transform(self, image: torch.Tensor, params: dict[str, Any]) -> torch.Tensor:
-        crop = functional.crop(image, **params)
-        compact = crop.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-        return functional.resize(compact, self.size, self.interpolation, antialias=self.antialias)
+    def transform(images: Sequence[np.ndarray], _rng: np.random.Generator) -> np.ndarray:
+        return middle_crops(images, image_size, frames.to_crop_from(image_size).side)
 
-
-def training_transform(image_size: int) -> v2.Transform:
-    """uint8 [3, H, W] -> uint8 [3, image_size, image_size]: a random part of the image, mirrored or not.
-
-    Colours stay as they are: they are what tells one coat from another.
-    """
-    return v2.Compose([_RandomResizedCrop(image_size, scale=CROP_SCALE), v2.RandomHorizontalFlip()])
-
-
-def validation_transform(image_size: int) -> v2.Transform:
-    """uint8 [3, H, W] -> uint8 [3, image_size, image_size]: the middle of the image."""
-    return v2.Compose([v2.Resize(stored_side(image_size)), v2.CenterCrop(image_size)])
+    return transform
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
@@ -123,9 +115,9 @@ class Classifier:
         """
         if not photos:
             return []
-        transform = validation_transform(self.image_size)
-        images = [torch.from_numpy(decode(Path(photo), stored_side(self.image_size))) for photo in photos]
-        batch = torch.stack([transform(image.permute(2, 0, 1)) for image in images])
+        frame = frames.to_crop_from(self.image_size)
+        images = [decode(Path(photo), frame) for photo in photos]
+        batch = torch.from_numpy(middle_crops(images, self.image_size, frame.side)).permute(0, 3, 1, 2)
         probabilities = self.model(normalise(batch)).softmax(1)
         return [dict(zip(self.classes, row.tolist(), strict=True)) for row in probabilities]
 

@@ -118,7 +118,7 @@ class Parser(argparse.ArgumentParser):
             "--num-workers",
             type=whole_number(0, 256),
             metavar="N",
-            help="processes that prepare batches (default: by the machine)",
+            help="threads that prepare batches (default: by the machine)",
         )
         run.add_argument(
             "--save-every",
@@ -229,6 +229,11 @@ def saved_options(options: Options) -> dict:
     """What of the options a checkpoint keeps, in plain values."""
     kept = {name: value for name, value in vars(options).items() if name not in FREE_ON_RESUME}
     return kept | {"data_dir": str(options.data_dir)}
+
+
+def description(script: str, options: Options) -> dict:
+    """What a run is, in its checkpoint and, for whoever has no torch, in its folder: script, version, options."""
+    return {"script": script, "computation": runs.COMPUTATION, "options": saved_options(options)}
 
 
 def run_on_this_machine(parser: Parser, train: Callable[[Options, StopSignals, ThisMachine], object]) -> int:

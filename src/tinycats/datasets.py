@@ -4,23 +4,26 @@ from pathlib import Path
 
 from tinycats.data_dirs import is_toy
 from tinycats.errors import UserError
+from tinycats.frames import Frame
 from tinycats.image_folders import scan
-from tinycats.packed_images import PackedImages, packed
+from tinycats.packed_images import PackedImages
+from tinycats.packing import beside_folder, packed
 from tinycats.toy_cats import draw_toy_cats
 
 
-def open_dataset(data_dir: Path, short_side: int, fallback: Path) -> PackedImages:
-    """The images of `data_dir`, packed with a shorter side of at most `short_side` pixels; draws data/toy.
+def open_dataset(data_dir: Path, frame: Frame, fallback: Path) -> PackedImages:
+    """The images of `data_dir`, packed in `frame`; draws data/toy.
 
     Args:
         fallback: a folder for the packed images where none can be written beside `data_dir`.
 
     Raises:
-        UserError: see `image_folders.scan` and `packed_images.packed`.
+        UserError: see `image_folders.scan` and `packing.packed`.
     """
     if is_toy(data_dir) and not data_dir.exists():
         try:
             draw_toy_cats(data_dir)
         except OSError as error:
             raise UserError(f"cannot draw the toy cats into {data_dir}: {error.strerror}") from error
-    return packed(scan(data_dir), short_side, fallback)
+    beside = beside_folder(data_dir)
+    return packed(scan(data_dir), frame, [beside, fallback.absolute() / beside.name])

@@ -92,16 +92,21 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         partial.mkdir()
         yield partial
-        for entry in partial.rglob("*"):
-            _sync(entry)
-        try:
-            partial.rename(path)
-        except OSError:
-            if not path.is_dir():
-                raise
-        _sync(path.parent)
+        publish_folder(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def publish_folder(partial: Path, path: Path) -> None:
+    """Rename a folder that is filled, durably; where another process has put `path` in place, theirs is kept."""
+    for entry in partial.rglob("*"):
+        _sync(entry)
+    try:
+        partial.rename(path)
+    except OSError:
+        if not path.is_dir():
+            raise
+    _sync(path.parent)
 
 
 def footer(payload: bytes | memoryview) -> bytes:

@@ -6,6 +6,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from tinycats.errors import UserError
+from tinycats.frames import Frame
 
 if TYPE_CHECKING:
     from tinycats.packed_images import PackedImages
@@ -23,14 +24,14 @@ class ThisMachine:
     def __init__(self, script: str):
         self.script = script
 
-    def open_dataset(self, data_dir: Path, short_side: int, output_dir: Path) -> "PackedImages":
+    def open_dataset(self, data_dir: Path, frame: Frame, output_dir: Path) -> "PackedImages":
         """The images of `data_dir`, ready for random access; see `datasets.open_dataset`."""
         from tinycats.datasets import open_dataset  # needs numpy and Pillow, which `modal run` works without
 
-        return open_dataset(data_dir, short_side, fallback=output_dir)
+        return open_dataset(data_dir, frame, fallback=output_dir)
 
     def num_workers(self, on_gpu: bool) -> int:
-        """How many loader processes keep a GPU busy, or leave a CPU that trains its cores."""
+        """How many loader threads keep a GPU busy, or leave a CPU that trains its cores."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return min(8, cores) if on_gpu else min(2, cores // 2)
 

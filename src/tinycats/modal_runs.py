@@ -1,32 +1,34 @@
-"""Runs on Modal: the image, the volumes, the laptop's side of `modal run` and the container's.
+"""Runs on Modal: the image, the volumes, the laptop's side of `modal run` and the containers'.
 
 The laptop checks everything, uploads what the volume lacks, and submits one payload, which every attempt
 gets: the first container, and each that follows a preemption, a crash or a timeout, takes the same path and
-goes on from the checkpoint that it finds in the volume. See plans/ADR-007.
+goes on from what it finds in the volumes. What needs no GPU is done without one: a function that has none
+prepares the images and then calls the one that trains. See plans/ADR-007.
 """
 
 import argparse
-import hashlib
-import io
+import json
 import logging
 import os
 import secrets
-import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import modal
 
-from tinycats import checkpoints, runs
-from tinycats.command_line import Options, Parser, run_name
+from tinycats import checkpoints, runs, uploads
+from tinycats.command_line import Options, Parser, resumed_options, run_name
 from tinycats.data_dirs import is_cats, is_toy
 from tinycats.errors import TransientError, UserError, looking_at_what_the_user_named, one_line
-from tinycats.image_folders import ImageFolder, scan
+from tinycats.frames import Frame
+from tinycats.image_folders import scan
 from tinycats.machines import ThisMachine
 from tinycats.signals import StopSignals
 
@@ -52,12 +54,22 @@ IMAGE = (
 )
 
 CPU = 8.0  # cores: what it takes to keep a GPU in images
-MEMORY = 16 * 1024  # MiB
-RETRIES = modal.Retries(max_retries=10, initial_delay=1.0, backoff_coefficient=2.0, max_delay=60.0)
+CONTAINER: dict[str, Any] = {  # of either function; the one that trains has a GPU too
+    "image": IMAGE,
+    "cpu": CPU,
+    "memory": 16 * 1024,  # MiB
+    "volumes": VOLUMES,
+    "retries": modal.Retries(max_retries=10, initial_delay=1.0, backoff_coefficient=2.0, max_delay=60.0),
+    "single_use_containers": True,
+}
+# Which call trains what was submitted: a call that was made twice, by a container that died in making it or by a client
+# whose network did, is found out by the second, which has then cost seconds.
+CLAIMS = modal.Dict.from_name("cats-claims", create_if_missing=True)
 
 SCRATCH = Path(tempfile.gettempdir(), "tinycats")  # the container's own disk
-UPLOADED = ".uploaded"  # in an uploaded folder: the digest of what was uploaded, written last
 COMMIT_ATTEMPTS = 6
+COMMIT_EVERY = 60  # seconds, of what is being prepared
+MAX_PREPARATIONS = 3  # of the images of one run: whoever finds them damaged has them prepared again
 PATIENCE = 600  # seconds that the laptop waits for a control plane that does not answer
 
 
@@ -128,11 +140,20 @@ def volume_path(data_dir: Path) -> PurePosixPath | None:
     return None
 
 
-def submit(function: modal.Function, parser: Parser, arguments: Sequence[str]) -> None:
+def submit(
+    train: modal.Function,
+    prepare: modal.Function,
+    parser: Parser,
+    frame_of: Callable[[Options], Frame],
+    arguments: Sequence[str],
+) -> None:
     """The body of a `local_entrypoint`: submit the run, follow it, and end as it ends.
 
     The call is spawned, so that the server retries it: it does not depend on this process, which may be
     gone (`modal run --detach`).
+
+    Args:
+        frame_of: the size of the images that a run packs.
 
     Raises:
         SystemExit: 1 with one line on stderr if the run failed.
@@ -142,20 +163,28 @@ def submit(function: modal.Function, parser: Parser, arguments: Sequence[str]) -
     try:
         _check(options)
         name = options.run or options.resume or runs.new_name()
-        _check_run(options)
-        payload = {
-            "arguments": list(arguments),
-            "run": name,
-            "submission": secrets.token_hex(8),
-            "data_dir": None if options.resume and "data_dir" not in options.given else str(_provide(options.data_dir)),
-        }
+        description = _check_run(options, parser.prog)
+        if description:
+            options = resumed_options(options, description["options"])
+        resumes_with_same_data = description is not None and "data_dir" not in options.given
+        data_dir = PurePosixPath(options.data_dir.as_posix()) if resumes_with_same_data else _provide(options.data_dir)
+        frame = frame_of(options)
+        packed = _packed(data_dir, frame)
     except UserError as error:
         _fail(str(error))
+    payload = {
+        "arguments": list(arguments),
+        "run": name,
+        "submission": secrets.token_hex(8),
+        "data_dir": str(data_dir),
+        "frame": asdict(frame),
+        "packed": str(packed) if packed else None,
+    }
     resume = Container(parser.prog).how_to_resume(runs.folder_of(output_path(options), name))
     log.info("Submitting the run %s. If it is cut short: %s", name, resume)
-    call = function.spawn(payload)
+    is_ready = packed or is_toy(options.data_dir)
     try:
-        outcome = _follow(call)
+        outcome = _follow((train if is_ready else prepare).spawn(payload))
     except Exception as error:  # whatever the run died of in its last attempt
         _fail(f"the run {name} ended with {type(error).__name__}: {error}; go on with it: {resume}")
     if "error" in outcome:
@@ -163,17 +192,22 @@ def submit(function: modal.Function, parser: Parser, arguments: Sequence[str]) -
 
 
 def _follow(call: modal.FunctionCall) -> dict[str, Any]:
-    """Wait for the run's end. The run goes on without us: a control plane that is away for a while is waited for."""
+    """Wait for the run's end, from call to call. The run goes on without us: a control plane that is away for a while
+    is waited for."""
     lost_at = None
     while True:
         try:
-            return call.get()
+            outcome = call.get()
         except (modal.exception.ConnectionError, modal.exception.ServiceError, modal.exception.InternalError):
             lost_at = lost_at or time.monotonic()
             if time.monotonic() - lost_at > PATIENCE:
                 raise
             log.warning("Modal does not answer; the run goes on, and so does the wait for it")
             time.sleep(5)
+            continue
+        if "goes_on_in" not in outcome:
+            return outcome
+        call, lost_at = modal.FunctionCall.from_id(outcome["goes_on_in"]), None
 
 
 def _fail(message: str) -> None:
@@ -181,18 +215,33 @@ def _fail(message: str) -> None:
     sys.exit(1)
 
 
-def _check_run(options: Options) -> None:
-    """A new run's name must be free in the volume, an old one's there: known before a GPU is rented."""
+def _check_run(options: Options, script: str) -> dict[str, Any] | None:
+    """What is known of the run that is resumed, None for a new one.
+
+    Raises:
+        UserError: a new run's name is taken in the volume, an old one's is not there, or this program cannot go on with
+            it: known before a GPU is rented.
+    """
     name = options.run or options.resume
     if name is None:
-        return
+        return None
     folder = PurePosixPath("/", runs.folder_of(output_path(options), name).relative_to(OUTPUTS_MOUNT))
-    is_there = any(PurePosixPath(entry.path).name in checkpoints.CHECKPOINTS for entry in _list(OUTPUTS, folder))
-    if options.run and is_there:
-        raise UserError(runs.taken(options.run))
-    if options.resume and not is_there:
+    files = {PurePosixPath(entry.path).name for entry in _list(OUTPUTS, folder)}
+    is_there = not files.isdisjoint(checkpoints.CHECKPOINTS)
+    if options.run:
+        if is_there:
+            raise UserError(runs.taken(name))
+        return None
+    if not is_there:
         known = sorted(PurePosixPath(entry.path).name for entry in _list(OUTPUTS, folder.parent))
-        raise UserError(runs.unknown(options.resume, f"the volume {OUTPUTS_VOLUME}", known))
+        raise UserError(runs.unknown(name, f"the volume {OUTPUTS_VOLUME}", known))
+    is_described = runs.DESCRIPTION in files
+    stored = b"".join(OUTPUTS.read_file(str(folder / runs.DESCRIPTION))) if is_described else b"{}"
+    description = json.loads(stored)
+    runs.refuse_other_computation(name, description.get("computation", 1))
+    if description["script"] != script:
+        raise UserError(f"--resume {name}: that is a run of {description['script']}, not of {script}")
+    return description
 
 
 def _list(volume: modal.Volume, folder: PurePosixPath) -> list:
@@ -203,90 +252,108 @@ def _list(volume: modal.Volume, folder: PurePosixPath) -> list:
 
 
 def _provide(data_dir: Path) -> PurePosixPath:
-    """Where the container finds `data_dir`, uploaded if only this laptop has it."""
+    """Where containers find `data_dir`, uploaded if only this laptop has it."""
     path = volume_path(data_dir)
-    if is_cats(data_dir) or is_toy(data_dir):  # the container prepares these itself
+    if is_cats(data_dir) or is_toy(data_dir):  # prepared there
         return path or DATASET_MOUNT / data_dir.name
     if not data_dir.is_dir():
         if path and _list(DATASET, _in_volume(path)):
             return path
         raise UserError(f"{data_dir} is neither here nor in the volume {DATASET_VOLUME}")
-    folder = scan(data_dir)
-    digest = _digest(folder)
-    path = path or DATASET_MOUNT / "uploads" / f"{data_dir.resolve().name}-{digest[:12]}"
+    with looking_at_what_the_user_named():
+        upload = uploads.Upload(scan(data_dir))
+    path = path or DATASET_MOUNT / "uploads" / f"{data_dir.resolve().name}-{upload.digest[:12]}"
     remote = _in_volume(path)
-    entries = _list(DATASET, remote)
-    if any(PurePosixPath(entry.path).name == UPLOADED for entry in entries):
-        if b"".join(DATASET.read_file(str(remote / UPLOADED))).decode() == digest:
+    there = {PurePosixPath(entry.path).name for entry in _list(DATASET, remote)}
+    if uploads.RECEIPT in there:
+        if uploads.digest_in(b"".join(DATASET.read_file(str(remote / uploads.RECEIPT)))) == upload.digest:
             log.info("%s is in the volume %s", data_dir, DATASET_VOLUME)
             return path
         raise UserError(
             f"{data_dir} has changed since it was uploaded; remove the upload first: "
             f"modal volume rm --recursive {DATASET_VOLUME} {str(remote)[1:]}"
         )
-    _upload(folder, remote, digest)
+    missing = [part for part in upload.parts if part.name not in there]
+    size = sum(part.size for part in missing)
+    log.info(
+        "Uploading %d images of %s, %.0f MB in %d files, into the volume %s",
+        *(len(upload.folder.files), data_dir, size / 1e6, len(missing), DATASET_VOLUME),
+    )
+    for number, part in enumerate(missing, start=1):
+        with part.archive(upload.folder) as archive, DATASET.batch_upload(force=True) as batch:
+            batch.put_file(archive, str(remote / part.name))
+        log.info("Uploaded %d of %d files", number, len(missing))
+    with DATASET.batch_upload(force=True) as batch:
+        batch.put_file(upload.receipt(), str(remote / uploads.RECEIPT))
     return path
+
+
+def _packed(data_dir: PurePosixPath, frame: Frame) -> PurePosixPath | None:
+    """The packed images of `data_dir` in the volume, if they are there and cannot be out of date."""
+    remote = _in_volume(data_dir)
+    files = {PurePosixPath(entry.path).name for entry in _list(DATASET, remote)}
+    if not is_cats(Path(data_dir)) and uploads.RECEIPT not in files:
+        return None  # whoever put it there may have changed it: the function that prepares it will know
+    beside = data_dir.with_name(data_dir.name + ".packed")
+    for entry in _list(DATASET, _in_volume(beside)):
+        name = PurePosixPath(entry.path).name
+        if name.startswith(f"{frame.name}-"):
+            return beside / name
+    return None
 
 
 def _in_volume(path: PurePosixPath) -> PurePosixPath:
     return PurePosixPath("/", path.relative_to(DATASET_MOUNT))
 
 
-def _digest(folder: ImageFolder) -> str:
-    digest = hashlib.sha256()
-    for file in folder.files:
-        digest.update(repr(file).encode("utf-8", "surrogateescape"))
-        digest.update(hashlib.sha256((folder.root / file.path).read_bytes()).digest())
-    return digest.hexdigest()
+# --- in the containers -----------------------------------------------------------------------------------------
 
 
-def _upload(folder: ImageFolder, remote: PurePosixPath, digest: str) -> None:
-    log.info("Uploading %d images of %s into the volume %s", len(folder.files), folder.root, DATASET_VOLUME)
-    chunk = max(1, len(folder.files) // 20)
-    for start in range(0, len(folder.files), chunk):
-        files = folder.files[start : start + chunk]
-        with DATASET.batch_upload(force=True) as batch:
-            for file in files:
-                batch.put_file(folder.root / file.path, str(remote / file.path))
-        log.info("Uploaded %d of %d", start + len(files), len(folder.files))
-    with DATASET.batch_upload(force=True) as batch:
-        batch.put_file(io.BytesIO(digest.encode()), str(remote / UPLOADED))
+class NotPrepared(Exception):
+    """The images must be prepared in this frame, or prepared again, before anything can be trained."""
 
-
-# --- in the container ------------------------------------------------------------------------------------------
+    def __init__(self, frame: Frame, message: str):
+        super().__init__(message)
+        self.frame = frame
 
 
 class Container(ThisMachine):
-    """A container with the two volumes mounted."""
+    """A container with the two volumes mounted, for training.
 
-    def open_dataset(self, data_dir: Path, short_side: int, output_dir: Path) -> "PackedImages":
-        """The images of `data_dir`, read from the container's own disk; prepares data/cats if the volume lacks it."""
+    Args:
+        packed: where the packed images lie in the dataset volume; at once they begin to be copied.
+    """
+
+    def __init__(self, script: str, packed: Path | None = None):
+        super().__init__(script)
+        self._copy: Future[PackedImages] | None = None
+        if packed:
+            # While torch is imported: either takes seconds.
+            pool = ThreadPoolExecutor(1)
+            self._copy = pool.submit(_copy, packed)
+            pool.shutdown(wait=False)
+
+    def open_dataset(self, data_dir: Path, frame: Frame, output_dir: Path) -> "PackedImages":
+        """The images of `data_dir`, read from the container's own disk.
+
+        Raises:
+            NotPrepared: they are not in the volume, or damaged there.
+        """
         if is_toy(data_dir):
-            return super().open_dataset(SCRATCH / "data" / "toy", short_side, SCRATCH)
-        from tinycats.packed_images import PackedImages
+            return super().open_dataset(SCRATCH / "data" / "toy", frame, SCRATCH)
+        from tinycats.durable_files import DamagedFile
 
-        DATASET.reload()
-        if is_cats(data_dir) and not data_dir.is_dir():
-            from tinycats import oxford_pets
-
-            oxford_pets.download(data_dir)
-            _commit(DATASET)
-        for _ in range(2):
-            # Not kept: a volume cannot be committed while a file on it is mapped.
-            folder = super().open_dataset(data_dir, short_side, SCRATCH).folder
-            local = SCRATCH / folder.parent.name / folder.name
-            if folder != local:
-                log.info("Copying the packed images to the container's disk")
-                shutil.copytree(folder, local, dirs_exist_ok=True)
-                _commit(DATASET)
-            images = PackedImages(local)
-            damaged = images.damaged()
-            if not damaged:
-                return images
-            log.warning("%s is damaged at %s: packing again", folder, damaged[0])
-            for place in {folder, local}:
-                shutil.rmtree(place)
-        raise TransientError(f"{folder} is damaged again, as soon as it is packed")
+        if self._copy is None:
+            raise NotPrepared(frame, f"{data_dir} is not prepared")
+        try:
+            images = self._copy.result()
+        except (DamagedFile, FileNotFoundError) as error:
+            raise NotPrepared(frame, str(error)) from error
+        except OSError as error:
+            raise UserError(f"cannot copy the packed images to the container's disk: {error.strerror}") from error
+        if images.frame != frame:
+            raise NotPrepared(frame, f"{images.folder} holds images of {images.frame.name}, not of {frame.name}")
+        return images
 
     def num_workers(self, on_gpu: bool) -> int:
         """One for each core that the function asks for (the host may have more, which are others')."""
@@ -330,29 +397,108 @@ def _commit(volume: modal.Volume) -> None:
     raise TransientError(f"the volume cannot be committed: {problem}")
 
 
-def run_in_container(
-    parser: Parser, train: Callable[[Options, StopSignals, ThisMachine], dict[str, Any]], payload: dict[str, Any]
+def _copy(packed: Path) -> "PackedImages":
+    from tinycats.packed_images import copy_packed
+
+    began = time.monotonic()
+    images = copy_packed(packed, SCRATCH / packed.parent.name / packed.name, streams=int(CPU))
+    gigabytes = sum(file.stat().st_size for file in images.folder.iterdir()) / 1e9
+    log.info("Copied the packed images to the container's disk: %.2f GB in %.1f s", gigabytes, time.monotonic() - began)
+    return images
+
+
+def prepare_in_container(train: modal.Function, payload: dict[str, Any]) -> dict[str, Any]:
+    """The body of a script's Modal function without a GPU: prepare the images of a run, then call the one that trains.
+
+    Returns:
+        `{"goes_on_in": call}`, the id of that call; or `{"error": message}`, as `train_in_container`.
+
+    Raises:
+        Stopped, Exception: as `train_in_container`; the next attempt goes on with what was committed.
+    """
+    runs.log_to_stdout()
+    DATASET.reload()
+    try:
+        with StopSignals():
+            try:
+                packed = _prepare(Path(payload["data_dir"]), Frame(**payload["frame"]), payload.get("damaged", False))
+            finally:
+                _commit(DATASET)
+    except TransientError:
+        raise
+    except UserError as error:
+        return {"error": str(error)}
+    preparations = payload.get("preparations", 0) + 1
+    call = train.spawn(payload | {"packed": str(packed), "damaged": False, "preparations": preparations})
+    return {"goes_on_in": call.object_id}
+
+
+def _prepare(data_dir: Path, frame: Frame, damaged: bool) -> Path:
+    """Have the images of `data_dir` packed in the volume: downloaded, unpacked, decoded, as far as they are not.
+
+    Args:
+        damaged: whether all packed images are to be compared with their checksums, and mended.
+    """
+    from tinycats import oxford_pets
+    from tinycats.packing import beside_folder, packed
+
+    if is_cats(data_dir) and not data_dir.is_dir():
+        oxford_pets.download(data_dir)
+        _commit(DATASET)
+    folder = data_dir
+    if uploads.is_upload(data_dir):
+        folder = uploads.unpack(data_dir, SCRATCH / "uploads" / data_dir.name)
+    committed_at = time.monotonic()
+
+    def commit_now_and_then() -> None:
+        nonlocal committed_at
+        if time.monotonic() - committed_at > COMMIT_EVERY:
+            _commit(DATASET)
+            committed_at = time.monotonic()
+
+    for _ in range(2):
+        # No lock: it does not reach other containers, which write the same bytes. None of the images is kept: a volume
+        # cannot be committed while a file on it is mapped.
+        places = [beside_folder(data_dir)]
+        images = packed(scan(folder), frame, places, lock=lambda _: nullcontext(), persist=commit_now_and_then)
+        if not damaged or images.mend():
+            return images.folder
+    raise TransientError(f"{images.folder} is damaged again, as soon as it is packed")
+
+
+def train_in_container(
+    parser: Parser,
+    train: Callable[[Options, StopSignals, ThisMachine], dict[str, Any]],
+    prepare: modal.Function,
+    payload: dict[str, Any],
 ) -> dict[str, Any]:
-    """The body of a script's Modal function: train, from the checkpoint in the volume if there is one.
+    """The body of a script's Modal function with a GPU: train, from the checkpoint in the volume if there is one.
 
     Returns:
         What `train` returns; or `{"error": message}` for a mistake that no retry can mend. That is returned
-        and not raised: Modal would run what raises again, eleven times, on a rented GPU.
+        and not raised: Modal would run what raises again, eleven times, on a rented GPU. Or `{"goes_on_in": call}`,
+        the id of the call in which the run is trained, or its images are prepared first.
 
     Raises:
         Stopped: preempted, with the checkpoint saved; a KeyboardInterrupt makes Modal start the same input again.
         Exception: whatever else went wrong; Modal tries again, as the function's retries say.
     """
-    options = parser.parse(payload["arguments"], on_modal=True)
-    options.output_dir = Path(output_path(options))
-    options.run, options.submission = payload["run"], payload["submission"]
-    if payload["data_dir"]:
-        options.data_dir = Path(payload["data_dir"])
-    runs.log_to_stdout()
-    OUTPUTS.reload()  # a container may have been started before the one that it replaces made its last commit
+    preparations = payload.get("preparations", 0)
+    if other := _other_call(f"{payload['submission']} {preparations}"):
+        return {"goes_on_in": other}
+    options = _options(parser, payload)
+    for volume in (OUTPUTS, DATASET):
+        volume.reload()  # a container may have been started before the one that it replaces made its last commit
     try:
         with StopSignals() as stop:
-            return train(options, stop, Container(parser.prog))
+            return train(options, stop, Container(parser.prog, payload.get("packed") and Path(payload["packed"])))
+    except NotPrepared as reason:
+        if preparations == MAX_PREPARATIONS:
+            return {"error": f"{reason}, although it was prepared {preparations} times"}
+        log.warning("%s: preparing it%s", reason, " again" if payload.get("packed") else "")
+        frame = asdict(reason.frame)
+        call = prepare.spawn(payload | {"frame": frame, "packed": None, "damaged": True, "preparations": preparations})
+        return {"goes_on_in": call.object_id}
     except TransientError:
         raise
     except UserError as error:
@@ -360,3 +506,21 @@ def run_in_container(
     finally:
         # Before the laptop hears of the end: whoever reads that the run is over finds its files, its log above all.
         _commit(OUTPUTS)
+
+
+def _options(parser: Parser, payload: dict[str, Any]) -> Options:
+    options = parser.parse(payload["arguments"], on_modal=True)
+    options.output_dir = Path(output_path(options))
+    options.run, options.submission = payload["run"], payload["submission"]
+    options.data_dir = Path(payload["data_dir"])
+    runs.log_to_stdout()
+    return options
+
+
+def _other_call(claim: str) -> str | None:
+    """The call that has claimed this before us, if there is one; the call of an attempt before this one is ours."""
+    mine = modal.current_function_call_id()
+    if CLAIMS.put(claim, mine, skip_if_exists=True):
+        return None
+    first = CLAIMS[claim]
+    return None if first == mine else first

@@ -1,317 +1,249 @@
-"""A folder of images decoded once, into one memory-mapped array of bytes.
+"""Images that were decoded once, in a memory map: a batch costs the same among a thousand and among ten million.
 
-Decoding a photo costs several milliseconds, cropping one that is decoded a fraction of one: whoever decodes
-in the training loop lets the GPU wait. So the first use of a folder packs it beside itself, as
+A packed folder, `<folder>.packed/<frame>-<key>/` (see `packing`), holds
 
-    <folder>.packed/<short side>px-<key>/pixels.bin     height x width x 3 uint8 an image, one after another
-    <folder>.packed/<short side>px-<key>/index.json     classes, and an image's path, split, label, size and CRC-32
+    pixels.bin     height x width x 3 uint8 an image, one after another: those to train on, then those to validate with
+    images.bin     a RECORD an image: where it ends, its size, its label, its CRC-32
+    paths.bin      the images' paths in the folder that was packed, one after another
+    index.json     classes, counts, what was left out, and the other files' CRC-32; its own SHA-256 is its last line
 
-where the key covers the files' names, sizes and times and the packing itself: change any, and the folder is
-packed anew. What is damaged is noticed before it is used: the index has a digest, and an image is compared with its
-CRC-32 when it is first read.
+What is damaged is noticed before it is used: all but the pixels whenever the folder is opened, and an image when it is
+first read.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import shutil
-import warnings
+import threading
 import zlib
-from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
-from tqdm import tqdm
 
-from tinycats.durable_files import DamagedFile, atomic_folder, footer, read_whole
-from tinycats.errors import TransientError, UserError
-from tinycats.image_folders import ImageFile, ImageFolder
+from tinycats.decoding import decode
+from tinycats.durable_files import DamagedFile, footer, read_whole
+from tinycats.errors import TransientError
+from tinycats.frames import Frame
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # goes up when the same files would be packed into other bytes
-MIN_SIDE = 8  # pixels; a smaller image shows nothing
-MAX_ASPECT = 2  # a longer image loses its ends: unbounded, a 1x10000 strip would fill the disk
-MAX_UNREADABLE = 0.1  # the part of the images that may be unreadable before the folder is taken for broken
-FEW_UNREADABLE = 3  # and that many may always be
-
-# Such an image is refused by name below; Pillow's warning would only repeat it.
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+FORMAT = 3  # goes up when the same images would be packed into other bytes
+RECORD = np.dtype(
+    [
+        ("pixels_end", "<u8"),  # the byte of pixels.bin after the image's last
+        ("path_end", "<u8"),  # likewise of paths.bin
+        ("crc32", "<u4"),
+        ("label", "<u4"),
+        ("height", "<u2"),
+        ("width", "<u2"),
+        ("unused", "<u4"),
+    ]
+)
+PIXELS, IMAGES, PATHS, INDEX = "pixels.bin", "images.bin", "paths.bin", "index.json"
+BLOCK = 2**24  # bytes that are read at once
 
 
 class PackedImages:
-    """The images of a packed folder, read from a memory map.
+    """The images of a packed folder.
+
+    Threads may read it at the same time.
 
     Attributes:
+        frame: the size of the images.
         classes: their names; a label is an index into them.
-        labels: int64 [N].
+        labels: uint32 [N].
         content: a digest of pixels, labels, classes and split: the same images have the same, wherever and
             whenever they were packed.
-        unreadable: (path, reason) of each image that was left out.
-
-    Pickles by path, so that a loader's worker process maps the file itself.
+        unreadable: (path, reason) of images that were left out, the first MAX_NAMED of `unreadable_count`.
 
     Args:
         folder: the packed folder.
         source: the folder that was packed; from it a damaged image is packed again.
 
     Raises:
-        DamagedFile: the index is damaged, or the pixels are not as many as it says.
+        DamagedFile: the index or the records are damaged, or the pixels are not as many as they say.
     """
 
     def __init__(self, folder: Path, source: Path | None = None):
-        index = json.loads(bytes(read_whole(folder / "index.json")))
+        index = read_index(folder)
+        if index.get("format") != FORMAT:
+            raise DamagedFile(f"{folder} was packed by another version of this program")
         self.folder, self.source = folder, source
-        self._short_side: int = index["short_side"]
+        self.frame = Frame(**index["frame"])
         self.classes: tuple[str, ...] = tuple(index["classes"])
         self.content: str = index["content"]
         self.unreadable: list[tuple[str, str]] = [(path, reason) for path, reason in index["unreadable"]]
-        self.paths = [image["path"] for image in index["images"]]
-        self.labels = np.array([image["label"] for image in index["images"]], np.int64)
-        self._is_train = np.array([image["split"] == "train" for image in index["images"]], bool)
-        self._checksums = [image["crc32"] for image in index["images"]]
-        self._is_verified = np.zeros(len(self.paths), bool)
-        self._shapes = [(image["height"], image["width"], 3) for image in index["images"]]
-        sizes = np.array([height * width * channels for height, width, channels in self._shapes], np.int64)
-        self._offsets = np.concatenate([[0], np.cumsum(sizes)])
-        path = folder / "pixels.bin"
-        if path.stat().st_size != self._offsets[-1]:
+        self.unreadable_count: int = index["unreadable_count"]
+        for name, checksum in index["crc32"].items():
+            if checksum_of(folder / name) != checksum:
+                raise DamagedFile(f"{folder / name} is damaged: its contents do not match their checksum")
+        self._count, self._training = index["images"], index["train"]
+        # Plain arrays: a slice of a np.memmap takes ten times as long as one of its memory.
+        self._records = np.asarray(np.memmap(folder / IMAGES, RECORD, mode="r", shape=(self._count,)))
+        path = folder / PIXELS
+        if path.stat().st_size != self._records["pixels_end"][-1]:
             raise DamagedFile(f"{path} is not of the size that its index says")
-        self._pixels = np.memmap(path, np.uint8, mode="c")  # torch warns of read-only ones
+        self._pixels = np.asarray(np.memmap(path, np.uint8, mode="r"))
+        self._is_verified = np.zeros(self._count, bool)
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return self._count
+
+    @property
+    def labels(self) -> np.ndarray:
+        """uint32 [N]."""
+        return self._records["label"]
+
+    def indices(self, split: str) -> range:
+        """The indices of the images of `train` or `val`."""
+        return range(self._training) if split == "train" else range(self._training, self._count)
+
+    def path(self, index: int) -> str:
+        """The image's path in the folder that was packed."""
+        start, end = (int(self._records["path_end"][at]) if at >= 0 else 0 for at in (index - 1, index))
+        with (self.folder / PATHS).open("rb") as file:
+            file.seek(start)
+            return file.read(end - start).decode("utf-8", "surrogateescape")
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """The image, uint8 [height, width, 3], a view of the map (copied on writing).
+        """The image, uint8 [height, width, 3], a view of the map that cannot be written to.
 
         Raises:
+            IndexError: there is none.
             TransientError: it is damaged, and cannot be packed again by itself; the folder will be.
         """
-        pixels = self._pixels[self._offsets[index] : self._offsets[index + 1]].reshape(self._shapes[index])
-        if not self._is_verified[index]:
-            if zlib.crc32(pixels.data) != self._checksums[index]:
-                self._pack_again(index, pixels)
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        record = self._records[index]
+        height, width, end = int(record["height"]), int(record["width"]), int(record["pixels_end"])
+        return self._verified(index, self._pixels[end - height * width * 3 : end].reshape(height, width, 3))
+
+    def batch(self, indices: np.ndarray) -> np.ndarray | list[np.ndarray]:
+        """The images at int64 indices [B]: uint8 [B, side, side, 3] where the frame is square, else a view of each.
+
+        Raises:
+            TransientError: as of a single image.
+        """
+        if not self.frame.square:
+            return [self[index] for index in indices.tolist()]
+        side = self.frame.side
+        images = np.take(self._pixels.reshape(-1, side, side, 3), indices, axis=0)
+        for position in np.flatnonzero(~self._is_verified[indices]):
+            images[position] = self._verified(int(indices[position]), images[position])
+        return images
+
+    def mend(self) -> bool:
+        """Verify every image, and pack again what is damaged; False if that cannot be done for one by itself: whoever
+        packs the folder next then packs all of it."""
+        try:
+            for index in range(len(self)):
+                self[index]
+        except TransientError as error:
+            log.warning("%s", error)
+            return False
+        return True
+
+    def _verified(self, index: int, pixels: np.ndarray) -> np.ndarray:
+        """The image, whose pixels in the file are these: compared with its checksum the first time, and mended."""
+        if self._is_verified[index] or zlib.crc32(pixels.data) == self._records["crc32"][index]:
             self._is_verified[index] = True
-        return pixels
+            return pixels
+        with self._lock:
+            return self._packed_again(index)
 
-    def damaged(self) -> list[str]:
-        """The paths of all images whose pixels are not as they were packed; reads every image."""
-        whole = np.split(self._pixels, self._offsets[1:-1])
-        return [
-            path
-            for path, pixels, checksum in zip(self.paths, whole, self._checksums, strict=True)
-            if zlib.crc32(pixels.data) != checksum
-        ]
-
-    def _pack_again(self, index: int, pixels: np.ndarray) -> None:
-        path = self.folder / "pixels.bin"
+    def _packed_again(self, index: int) -> np.ndarray:
+        path, name = self.folder / PIXELS, self.path(index)
         image: np.ndarray | None = None
         if self.source:
-            log.warning("%s is damaged: packing %s again", path, self.source / self.paths[index])
+            log.warning("%s is damaged: packing %s again", path, self.source / name)
             with contextlib.suppress(Exception):  # Pillow's plugins raise whatever they like
-                image = decode(self.source / self.paths[index], self._short_side)
-        if image is None or zlib.crc32(image.data) != self._checksums[index]:
-            (self.folder / "index.json").unlink(missing_ok=True)  # so that whoever comes next packs all of it
-            raise TransientError(f"{path} is damaged at {self.paths[index]}; run this again to pack the folder anew")
-        pixels[:] = image  # for this process, whatever becomes of the file
+                image = decode(self.source / name, self.frame)
+        if image is None or zlib.crc32(image.data) != self._records["crc32"][index]:
+            (self.folder / INDEX).unlink(missing_ok=True)  # so that whoever comes next packs all of it
+            raise TransientError(f"{path} is damaged at {name}; run this again to pack the folder anew")
         with contextlib.suppress(OSError), path.open("r+b") as file:
-            file.seek(self._offsets[index])
+            file.seek(int(self._records["pixels_end"][index]) - image.size)
             file.write(image.data)
-
-    def indices(self, split: str) -> np.ndarray:
-        """int64 indices of the images of `train` or `val`."""
-        return np.flatnonzero(self._is_train == (split == "train"))
-
-    def __reduce__(self) -> tuple:
-        return PackedImages, (self.folder, self.source)
+        return image
 
 
-def packed(source: ImageFolder, short_side: int, fallback: Path) -> PackedImages:
-    """The images of `source` packed with a shorter side of at most `short_side` pixels; packs them first
-    if that was not done before. Small images are never enlarged.
+def copy_packed(source: Path, destination: Path, streams: int) -> PackedImages:
+    """Copy a packed folder, and verify every image on the way: the copy's are known for whole when they are read.
 
     Args:
-        fallback: a folder for the packed files where the one beside `source` cannot be written.
+        streams: how many threads read at the same time.
 
     Raises:
-        UserError: too many unreadable images, a class without a readable one, a full disk.
+        DamagedFile: something is damaged, or missing.
+        OSError: the disk is full.
     """
-    name = f"{short_side}px-{_key(source, short_side)}"
-    beside = source.root.resolve().with_name(source.root.resolve().name + ".packed")
-    places = [beside / name, fallback.absolute() / beside.name / name]
-    for place in places:
-        if place.is_dir():
-            try:
-                images = PackedImages(place, source.root)
-            except (OSError, DamagedFile) as error:
-                log.warning("%s: packing again", error)
-                shutil.rmtree(place, ignore_errors=True)
-                continue
-            _report_unreadable(source, images.unreadable)
-            return images
-
-    place = places[0] if _is_writable(beside) else places[1]
-    log.info("Packing %d images of %s (once) into %s", len(source.files), source.root, place)
+    destination.mkdir(parents=True, exist_ok=True)
     try:
-        with atomic_folder(place) as partial:
-            _pack(source, short_side, partial)
-    except OSError as error:
-        raise UserError(f"cannot pack {source.root} into {place}: {error.strerror}") from error
-    for stale in place.parent.glob(f"{short_side}px-*"):
-        if stale != place:
-            shutil.rmtree(stale, ignore_errors=True)  # whoever still has it mapped keeps it
-    return PackedImages(place, source.root)
+        for name in (IMAGES, PATHS, INDEX):
+            shutil.copyfile(source / name, destination / name)
+        with (source / PIXELS).open("rb") as pixels, (destination / PIXELS).open("wb") as copy:
+            copy.truncate(os.fstat(pixels.fileno()).st_size)
+    except FileNotFoundError as error:
+        raise DamagedFile(f"{error.filename} is missing") from error
+    images = PackedImages(destination)
+    ends = images._records["pixels_end"].astype(np.int64)
+
+    def copy_range(first: int, last: int) -> None:
+        start = int(ends[first - 1]) if first else 0
+        with (source / PIXELS).open("rb") as pixels, (destination / PIXELS).open("r+b") as copy:
+            pixels.seek(start)
+            block = memoryview(pixels.read(int(ends[last]) - start))
+            copy.seek(start)
+            copy.write(block)
+        for index, (begin, end) in enumerate(pairwise([start, *ends[first : last + 1].tolist()]), first):
+            if zlib.crc32(block[begin - start : end - start]) != images._records["crc32"][index]:
+                raise DamagedFile(f"{source / PIXELS} is damaged at {images.path(index)}")
+
+    with ThreadPoolExecutor(streams) as pool:
+        list(pool.map(lambda block: copy_range(*block), _blocks(ends)))
+    images._is_verified[:] = True
+    return images
 
 
-def _key(source: ImageFolder, short_side: int) -> str:
-    digest = hashlib.sha256(repr((FORMAT, short_side, MIN_SIDE, MAX_ASPECT, source.classes)).encode())
-    for file in source.files:
-        facts: tuple[int, int | None]
-        try:
-            stat = (source.root / file.path).stat()
-            facts = (stat.st_size, stat.st_mtime_ns)
-        except OSError as error:
-            facts = (-1, error.errno)  # a dangling link: it is there by name and will be found unreadable
-        digest.update(repr((file.path, file.label, file.split, *facts)).encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()[:16]
+def _blocks(ends: np.ndarray) -> Iterator[tuple[int, int]]:
+    """The first and the last of some images after another, of about BLOCK bytes in all."""
+    first = 0
+    while first < len(ends):
+        start = int(ends[first - 1]) if first else 0
+        last = max(first, int(np.searchsorted(ends, start + BLOCK, "right")) - 1)
+        yield first, last
+        first = last + 1
 
 
-def _is_writable(folder: Path) -> bool:
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)
+def read_index(folder: Path) -> dict[str, Any]:
+    """What the index of a packed folder says.
 
-
-def _pack(source: ImageFolder, short_side: int, folder: Path) -> None:
-    images, unreadable = [], []
-    content = hashlib.sha256(repr(source.classes).encode())
-    with (folder / "pixels.bin").open("wb") as pixels:
-        for file, image in tqdm(
-            _decode_all(source, short_side), total=len(source.files), desc="Packing", unit="img", disable=None
-        ):
-            if isinstance(image, str):
-                unreadable.append((file.path, image))
-                continue
-            pixels.write(image.data)
-            content.update(repr((file.path, file.split, file.label, image.shape)).encode("utf-8", "surrogateescape"))
-            content.update(image.data)
-            height, width, _ = image.shape
-            images.append(
-                {
-                    "path": file.path,
-                    "split": file.split,
-                    "label": file.label,
-                    "height": height,
-                    "width": width,
-                    "crc32": zlib.crc32(image.data),
-                }
-            )
-
-    _report_unreadable(source, unreadable)
-    if len(unreadable) > max(FEW_UNREADABLE, MAX_UNREADABLE * len(source.files)):
-        path, reason = unreadable[0]
-        raise UserError(
-            f"{source.root}: {len(unreadable)} of {len(source.files)} images cannot be read, "
-            f"the first of them {path} ({reason}); mend or remove them"
-        )
-    present = Counter((image["split"], image["label"]) for image in images)
-    for split in ("train", "val"):
-        for label, name in enumerate(source.classes):
-            if not present[split, label]:
-                raise UserError(f"{source.root}: the class {name!r} has no readable image for {split}")
-    index = {
-        "classes": source.classes,
-        "images": images,
-        "unreadable": unreadable,
-        "short_side": short_side,
-        "content": content.hexdigest(),
-    }
-    write_index(folder, index)
+    Raises:
+        DamagedFile: a bit of it is not as it was written.
+        OSError: it cannot be read.
+    """
+    return json.loads(bytes(read_whole(folder / INDEX)))
 
 
 def write_index(folder: Path, index: dict[str, Any]) -> None:
-    """Write the index of the packed folder `folder`, with its digest."""
-    payload = json.dumps(index).encode()
-    (folder / "index.json").write_bytes(payload + footer(payload))
+    """Write the index of a packed folder whose other files are written, with their checksums and its digest."""
+    checksums = {name: checksum_of(folder / name) for name in (IMAGES, PATHS)}
+    payload = json.dumps(index | {"format": FORMAT, "crc32": checksums}).encode()
+    (folder / INDEX).write_bytes(payload + footer(payload))
 
 
-def _report_unreadable(source: ImageFolder, unreadable: list[tuple[str, str]]) -> None:
-    for path, reason in unreadable[:10]:
-        log.warning("Left out %s: %s", source.root / path, reason)
-    if len(unreadable) > 10:
-        log.warning("Left out %d more images that cannot be read", len(unreadable) - 10)
-
-
-def _decode_all(source: ImageFolder, short_side: int) -> Iterator[tuple[ImageFile, np.ndarray | str]]:
-    """Each file, in order, with its pixels or the reason why it has none.
-
-    Threads do: Pillow lets go of Python's lock while it decodes and resizes.
-    """
-    workers = os.cpu_count() or 1
-    pending: deque[tuple[ImageFile, Future]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for file in source.files:
-                pending.append((file, pool.submit(_decode, source.root / file.path, short_side)))
-                if len(pending) > 8 * workers:  # bounded: a slow disk must not fill the memory
-                    done, future = pending.popleft()
-                    yield done, future.result()
-            for done, future in pending:
-                yield done, future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _decode(path: Path, short_side: int) -> np.ndarray | str:
-    try:
-        return decode(path, short_side)
-    except Exception as error:  # a broken file makes Pillow's plugins raise whatever they like
-        return (str(error) or type(error).__name__).replace(os.fspath(path), path.name).splitlines()[0]
-
-
-def decode(path: Path, short_side: int) -> np.ndarray:
-    """One image as uint8 [height, width, 3]: upright (EXIF), RGB on white, its shorter side at most
-    `short_side` pixels, its longer one cut to at most twice that. Of an animation, the first frame.
-
-    Raises:
-        OSError, ValueError and whatever Pillow raises: it is no image, is cut off, is a decompression bomb.
-    """
-    with Image.open(path) as image:
-        width, height = image.size
-        if min(width, height) < MIN_SIDE:
-            raise ValueError(f"too small ({width}x{height} pixels)")
-        if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"too large ({width}x{height} pixels)")
-        # JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the time; twice the size leaves the resize its say.
-        image.draft("RGB", (2 * short_side, 2 * short_side))
-        upright = ImageOps.exif_transpose(image)
-        rgb = _to_rgb(upright)
-
-    width, height = rgb.size
-    long_side = MAX_ASPECT * min(width, height)
-    if max(width, height) > long_side:
-        rgb = ImageOps.fit(rgb, (min(width, long_side), min(height, long_side)), Image.Resampling.BICUBIC)
-        width, height = rgb.size
-    if min(width, height) > short_side:
-        scale = short_side / min(width, height)
-        rgb = rgb.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
-    return np.array(rgb)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel: Pillow would clip them at 255
-        levels = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((levels >> 8).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+def checksum_of(path: Path, size: int | None = None) -> int:
+    """The CRC-32 of a file, or of its first `size` bytes; takes no memory to speak of."""
+    checksum, left = 0, path.stat().st_size if size is None else size
+    with path.open("rb") as file:
+        while block := file.read(min(left, BLOCK)):
+            checksum = zlib.crc32(block, checksum)
+            left -= len(block)
+    return checksum

@@ -24,6 +24,11 @@ log = logging.getLogger(__name__)
 
 _Path = TypeVar("_Path", bound=PurePath)  # on a laptop, or in a volume that is seen from a laptop
 
+# Goes up when the same options come to compute another run: other batches, crops, noise. A run that another version
+# began could not go on to the end that it would have had.
+COMPUTATION = 2
+DESCRIPTION = "run.json"  # in a run's folder: what is known of it without its checkpoint
+
 LOG_FORMAT = logging.Formatter("%(asctime)s | %(levelname)-8s | %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
@@ -45,6 +50,20 @@ def taken(name: str) -> str:
 def unknown(name: str, place: str, known: list[str]) -> str:
     """What to say to who would resume a run that is not there."""
     return f"--resume {name}: no such run in {place} (there: {', '.join(known) or 'none'})"
+
+
+def refuse_other_computation(name: str, computation: int) -> None:
+    """Refuse to go on with a run that another version of this program began.
+
+    Raises:
+        UserError: it did.
+    """
+    if computation != COMPUTATION:
+        older = "an older" if computation < COMPUTATION else "a newer"
+        raise UserError(
+            f"the run {name} was begun by {older} version of this program, which makes other batches of the same "
+            "images: it cannot go on here; go on with it there, or start a new run"
+        )
 
 
 def resumed_checkpoint(output_dir: Path, resume: str) -> Path:
@@ -79,6 +98,7 @@ def starting_point(options: argparse.Namespace, script: str) -> tuple[Path, dict
         checkpoint = checkpoints.load_checkpoint(path)
         if checkpoint.get("script") != script:
             raise UserError(f"{path} is a checkpoint of {checkpoint.get('script')}, not of {script}")
+        refuse_other_computation(path.parent.name, checkpoint.get("computation", 1))
         return path.parent, checkpoint
     folder = folder_of(options.output_dir, options.run or new_name())
     if not checkpoints.has_checkpoint(folder):
@@ -198,6 +218,7 @@ class Run:
 @contextmanager
 def open_run(
     folder: Path,
+    description: dict[str, Any],
     metrics: list[dict[str, Any]],
     step: int,
     stop: StopSignals,
@@ -209,6 +230,7 @@ def open_run(
     While it is open, a stop signal waits for the next `Run.save`.
 
     Args:
+        description: of `command_line.description`, kept as run.json.
         save_every: minutes after which `Run.save_due`.
 
     Raises:
@@ -222,6 +244,8 @@ def open_run(
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(machine.lock(folder))
             file_log = stack.enter_context(_log_to_file(program, folder / "train.log"))
+            with atomic_write(folder / DESCRIPTION) as file:
+                file.write(_json_line(description))
             run = Run(folder, metrics, step, stop, machine, save_every)
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror}") from error

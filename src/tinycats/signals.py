@@ -1,6 +1,5 @@
 """Being asked to stop: by Ctrl-C, a preemption, a closed terminal."""
 
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,12 +66,3 @@ class StopSignals:
             self.requested = signum
             return
         raise Stopped(signum)
-
-
-def leave_stop_signals_to_parent() -> None:
-    """For a loader's worker process: Ctrl-C reaches every process of the terminal's group, but when training
-    stops is the main process's decision. In a group of its own a worker hears of it from the parent alone."""
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
-    for signum in STOP_SIGNALS:
-        signal.signal(signum, signal.SIG_DFL)

@@ -151,6 +151,10 @@ class ModalCloud:
         """The containers that ran or run, in the order in which they were started."""
         return self._cloud.containers
 
+    def containers_of(self, function: str) -> list[Container]:
+        """Those of one function."""
+        return [container for container in self.containers if container.function == function]
+
     def report(self) -> str:
         """How each container ended and the end of what it printed, for whoever asks why a test failed."""
         return "\n\n".join(container.report() for container in self.containers)
@@ -199,9 +203,9 @@ class ModalCloud:
 
     # --- what goes wrong -----------------------------------------------------------------------------------------
 
-    def fail(self, container: int, fault: Fault) -> None:
-        """Let something happen to the container of that number (from 1)."""
-        self._cloud.faults[container].append(fault)
+    def fail(self, number: int, fault: Fault, function: str = "train_on_modal") -> None:
+        """Let something happen to a function's container of that number (from 1)."""
+        self._cloud.faults[function, number].append(fault)
 
     def be_unavailable(self, seconds: float) -> None:
         """Answer every call UNAVAILABLE for a while."""

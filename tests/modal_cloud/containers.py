@@ -8,6 +8,8 @@ import shutil
 import signal
 import sys
 import sysconfig
+import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,20 +50,23 @@ class Container:
 
     Attributes:
         attempt: its number, over all containers of the cloud, from 1.
+        number: over those of the same function.
         call: the input that it was started for.
         ended: how it ended: `success`, `failure` (an exception), `interrupted` (a KeyboardInterrupt),
             `died` (killed, or crashed), `timeout`; None while it runs.
         output: what it printed.
-        commits: how often it has committed the outputs volume.
+        commits: how often it has committed each volume, by name.
+        started_at: on the clock of time.monotonic.
     """
 
     task_id: str
     attempt: int
+    number: int
     call: "Call"
     mounts: dict[str, Mounted]
     ended: str | None = None
     output: str = ""
-    commits: int = 0
+    commits: Counter[str] = field(default_factory=Counter)
     process: "asyncio.subprocess.Process | _Forked | None" = None
     pid: int | None = None
     input_sent: bool = False
@@ -69,6 +74,12 @@ class Container:
     timed_out: bool = False
     failed_to_start: bool = False
     tasks: list[asyncio.Task] = field(default_factory=list)
+    started_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def function(self) -> str:
+        """The name of the function that runs in it."""
+        return self.call.function.definition.function_name
 
     def send_signal(self, signum: int) -> None:
         """Signal the container's main process (killing it kills all its processes)."""
@@ -90,7 +101,7 @@ class Container:
     def report(self, lines: int = 30) -> str:
         """How it ended, and the end of what it printed."""
         printed = self.output.splitlines()[-lines:]
-        return "\n".join([f"container {self.attempt}: {self.ended or 'still running'}", *printed])
+        return "\n".join([f"container {self.attempt}, {self.function}: {self.ended or 'still running'}", *printed])
 
     def kill(self) -> None:
         """What a crash of the machine is."""

@@ -94,11 +94,12 @@ class Cloud:
         self.images: dict[str, Image] = {}
         self.mounts: dict[str, dict[str, str]] = {}
         self.volumes: dict[str, Volume] = {}
+        self.dicts: dict[str, dict[bytes, bytes]] = {}
         self.blobs: dict[str, bytes] = {}
         self.calls: dict[str, Call] = {}
         self.containers: list[Container] = []
-        # What goes wrong: the n-th list is for the n-th container.
-        self.faults: dict[int, list[Fault]] = defaultdict(list)
+        # What goes wrong, by a function's name and the number of its container.
+        self.faults: dict[tuple[str, int], list[Fault]] = defaultdict(list)
         self.unavailable_until = 0.0
         self.failing_commits = 0
         self.background_commit_every: float | None = None
@@ -334,6 +335,27 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
     async def SecretGetOrCreate(self, request: Any) -> api_pb2.SecretGetOrCreateResponse:
         return api_pb2.SecretGetOrCreateResponse(secret_id=self.cloud.new_id("st"))
 
+    # --- dicts ---------------------------------------------------------------------------------------------------
+
+    async def DictGetOrCreate(self, request: api_pb2.DictGetOrCreateRequest) -> api_pb2.DictGetOrCreateResponse:
+        name = request.deployment_name
+        if request.object_creation_type != api_pb2.OBJECT_CREATION_TYPE_CREATE_IF_MISSING:
+            raise GRPCError(Status.INVALID_ARGUMENT, "the stand-in has dicts that are created if missing")
+        self.cloud.dicts.setdefault(f"di-{name}", {})
+        return api_pb2.DictGetOrCreateResponse(dict_id=f"di-{name}", metadata=api_pb2.DictMetadata(name=name))
+
+    async def DictUpdate(self, request: api_pb2.DictUpdateRequest) -> api_pb2.DictUpdateResponse:
+        entries, created = self.cloud.dicts[request.dict_id], False
+        for update in request.updates:
+            if update.key not in entries or not request.if_not_exists:
+                created = update.key not in entries
+                entries[update.key] = update.value
+        return api_pb2.DictUpdateResponse(created=created)
+
+    async def DictGet(self, request: api_pb2.DictGetRequest) -> api_pb2.DictGetResponse:
+        value = self.cloud.dicts[request.dict_id].get(request.key)
+        return api_pb2.DictGetResponse(found=value is not None, value=value)
+
     # --- volumes -------------------------------------------------------------------------------------------------
 
     async def VolumeGetOrCreate(self, request: api_pb2.VolumeGetOrCreateRequest) -> api_pb2.VolumeGetOrCreateResponse:
@@ -413,9 +435,13 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
         if self.cloud.failing_commits > 0:
             self.cloud.failing_commits -= 1
             raise GRPCError(Status.FAILED_PRECONDITION, "injected: the commit failed")
-        counts = mounted.volume.name.endswith("outputs")
-        container.commits += counts
-        due = [f for f in self.cloud.faults[container.attempt] if counts and f.after_commits == container.commits]
+        volume = mounted.volume.name
+        container.commits[volume] += 1
+        due = [
+            fault
+            for fault in self.cloud.faults[container.function, container.number]
+            if not fault.in_spawn and fault.volume == volume and fault.after_commits == container.commits[volume]
+        ]
         for fault in due:
             if fault.in_commit:
                 await self._strike(fault)
@@ -490,6 +516,11 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
         call = Call(self.cloud.new_id("fc"), function, item.input, request.function_call_invocation_type)
         self.cloud.calls[call.call_id] = call
         call.task = asyncio.create_task(self._run(call))
+        if self.container:
+            for fault in self.cloud.faults[self.container.function, self.container.number]:
+                if fault.in_spawn:
+                    await self._strike(fault)
+                    raise GRPCError(Status.UNAVAILABLE, "injected: gone after a call was made")
         return api_pb2.FunctionMapResponse(
             function_call_id=call.call_id,
             function_call_jwt=call.call_id,
@@ -563,7 +594,8 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
         root.mkdir()
         volumes = {mount.mount_path: cloud.volumes[mount.volume_id] for mount in definition.volume_mounts}
         mounts = await loop.run_in_executor(None, containers.mount_volumes, root, volumes)
-        container = Container(cloud.new_id("ta"), number, call, mounts)
+        of_function = sum(other.function == definition.function_name for other in cloud.containers) + 1
+        container = Container(cloud.new_id("ta"), number, of_function, call, mounts)
         cloud.containers.append(container)
 
         server = grpclib.server.Server([ControlPlane(cloud, container)], status_details_codec=custom_detail_codec)
@@ -628,13 +660,17 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
 
     def _arguments(self, function: Function, container: Container) -> api_pb2.ContainerArguments:
         definition = function.definition
-        objects = [api_pb2.Object(object_id=function.function_id, function_handle_metadata=function.metadata)]
+        functions = [other for other in self.cloud.functions.values() if other.app is function.app]
+        objects = [
+            api_pb2.Object(object_id=other.function_id, function_handle_metadata=other.metadata) for other in functions
+        ]
         for dependency in definition.object_dependencies:
             thing = api_pb2.Object(object_id=dependency.object_id)
             if volume := self.cloud.volumes.get(dependency.object_id):
                 thing.volume_metadata.name = volume.name
             objects.append(thing)
-        layout = api_pb2.AppLayout(objects=objects, function_ids={definition.function_name: function.function_id})
+        ids = {other.definition.function_name: other.function_id for other in functions}
+        layout = api_pb2.AppLayout(objects=objects, function_ids=ids)
         return api_pb2.ContainerArguments(
             task_id=container.task_id,
             function_id=function.function_id,

@@ -1,0 +1,20 @@
+"""Where the seconds before the first step go."""
+
+import time
+
+import torch
+
+from tinycats.runs import log_to_stdout
+from tinycats.startup import Startup
+
+
+def test_each_phase_has_its_seconds_and_they_are_told_once(capsys):
+    log_to_stdout()
+    startup = Startup()
+    time.sleep(0.2)
+    startup.ended("imports")
+    for _ in range(3):
+        startup.first_step(torch.tensor(1.0))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "seconds until the first step was done: start " in line
+    assert "imports 0.2, first step 0.0" in line
