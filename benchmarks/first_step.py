@@ -2,9 +2,9 @@
 
     python benchmarks/first_step.py photos --checkouts . ../other/checkout
 
-Each checkout's src/train.py runs three times on a cloud of its own, which downloads the photos (a folder with the Pet
-dataset's list.txt) from loopback at the rate of a network: when the volume is empty, when the data is ready, and when
-it is asked for at another size. Seconds are those of the container with the GPU, from its start to the line that says
+Each checkout's src/train.py runs several times on a cloud of its own, which downloads the photos (a folder with the Pet
+dataset's list.txt) from loopback at the rate of a network: first when its volume is empty, then when the data is ready
+or, for another size of images, the photos are there and have to be packed. Seconds are those of the container with the GPU, from its start to the line that says
 that training starts; containers start a Python of their own. A GPU's own start, and Modal's volumes, are not in it.
 """
 
@@ -23,8 +23,6 @@ from modal_cloud import ModalCloud
 from pets_mirror import serve
 from tinycats.image_folders import hold_out
 
-RUNS = {"the volume is empty": "64", "the data is ready": "64", "at another size": "96"}
-
 
 def dataset(photos: Path) -> dict[str, bytes]:
     """The photos, as the archives of the Pet dataset hold them."""
@@ -42,7 +40,7 @@ def dataset(photos: Path) -> dict[str, bytes]:
     return files
 
 
-def measure(checkout: Path, cloud: ModalCloud, image_size: str, cwd: Path) -> tuple[float, float]:
+def measure(checkout: Path, cloud: ModalCloud, image_size: int, cwd: Path) -> tuple[float, float]:
     """Seconds of containers with a GPU before they train, and of containers without one."""
     before = len(cloud.containers)
     script = checkout.resolve() / "src" / "train.py"
@@ -70,6 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path)
     parser.add_argument("--checkouts", type=Path, nargs="+", default=[Path()])
+    parser.add_argument("--image-sizes", type=int, nargs="+", default=[64, 64, 96], help="of one run after another")
     parser.add_argument("--megabytes-per-second", type=float, default=10)
     options = parser.parse_args()
     files = dataset(options.photos)
@@ -79,9 +78,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name, serve(Path(name), files) as mirror, ModalCloud() as cloud:
             mirror.bytes_per_second = 1e6 * options.megabytes_per_second
             cloud.set_in_containers(TINYCATS_PETS_MIRROR=mirror.address)
-            for what, image_size in RUNS.items():
+            for number, image_size in enumerate(options.image_sizes, start=1):
                 with_gpu, without = measure(checkout, cloud, image_size, Path(name))
-                print(f"| {what} | {checkout} | {with_gpu:.1f} | {without:.1f} |", flush=True)
+                print(f"| run {number}, {image_size} px | {checkout} | {with_gpu:.1f} | {without:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -209,12 +209,10 @@ def test_what_was_put_into_the_volume_by_hand_is_packed_again_when_it_changes(mo
         result = modal_cloud.run(*command, cwd=tmp_path)
         assert result.status == 0, result.output
     shutil.rmtree(tmp_path / small_folder)
-    for name, packings in (("one", 1), ("two", 0)):
-        result = train(modal_cloud, Path("data/mine"), tmp_path, "--epochs", "1", name=name)
-        assert result.status == 0, result.output
-        assert result.stdout.count("Packing 60 images") == packings
+    result = train(modal_cloud, Path("data/mine"), tmp_path, "--epochs", "1", name="one")
+    assert result.status == 0, result.output
     Image.new("RGB", (64, 64), "green").save(modal_cloud.volume("cats-dataset").files / "mine/train/black/000.png")
-    result = train(modal_cloud, Path("data/mine"), tmp_path, "--epochs", "1", name="three")
+    result = train(modal_cloud, Path("data/mine"), tmp_path, "--epochs", "1", name="two")
     assert result.status == 0, result.output
     assert "Packing 60 images" in result.stdout
     assert len(list((modal_cloud.volume("cats-dataset").files / "mine.packed").glob("37px-*"))) == 1

@@ -30,7 +30,7 @@ def test_help_and_mistakes_are_as_anywhere(script, way, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_trains_saves_and_goes_on(small_toy, tmp_path):
-    """With a loader's worker, which is spawned there, and the lock."""
+    """With a loader's thread, and the locks of the run and of packing."""
     first = run(SCRIPTS[0], small_toy, *SMALL, "--epochs", 1, "--num-workers", 1, "--run", "r", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
     assert (tmp_path / "outputs" / "cats_model.pt").is_file()
@@ -45,4 +45,4 @@ def test_a_laptop_uploads_submits_and_follows(modal_cloud, small_folder, tmp_pat
     result = modal_cloud.run(*command, cwd=tmp_path)
     assert result.status == 0, result.output
     assert "Epoch 1/1 complete" in result.stdout
-    assert [container.ended for container in modal_cloud.containers] == ["success"]
+    assert [container.ended for container in modal_cloud.containers] == ["success", "success"]
