@@ -4,8 +4,9 @@
 
 Each checkout's src/train.py runs several times on a cloud of its own, which downloads the photos (a folder with the Pet
 dataset's list.txt) from loopback at the rate of a network: first when its volume is empty, then when the data is ready
-or, for another size of images, the photos are there and have to be packed. Seconds are those of the container with the GPU, from its start to the line that says
-that training starts; containers start a Python of their own. A GPU's own start, and Modal's volumes, are not in it.
+or, for another size of images, the photos are there and have to be packed. Seconds are those of the container with the
+GPU, from its start to the line that says that training starts; containers start a Python of their own. A GPU's own
+start, and Modal's volumes, are not in it.
 """
 
 import argparse
