@@ -230,7 +230,7 @@ def test_an_interrupted_upload_goes_on_and_sends_nothing_twice(modal_cloud, smal
         assert modal_cloud.run(*command, cwd=tmp_path).status == 0
     result = train(modal_cloud, small_folder, tmp_path, "--epochs", "1")
     assert result.status == 0, result.output
-    assert "0 MB in 0 files" in result.stdout
+    assert "0 of 1 archives (0 MB) are to be sent" in result.stdout
 
 
 def test_a_download_cut_in_the_middle_is_retried_and_not_taken_for_whole(modal_cloud, mirror, tmp_path):

@@ -276,13 +276,13 @@ def _provide(data_dir: Path) -> PurePosixPath:
     missing = [part for part in upload.parts if part.name not in there]
     size = sum(part.size for part in missing)
     log.info(
-        "Uploading %d images of %s, %.0f MB in %d files, into the volume %s",
-        *(len(upload.folder.files), data_dir, size / 1e6, len(missing), DATASET_VOLUME),
+        "Uploading %d images of %s into the volume %s: %d of %d archives (%.0f MB) are to be sent",
+        *(len(upload.folder.files), data_dir, DATASET_VOLUME, len(missing), len(upload.parts), size / 1e6),
     )
     for number, part in enumerate(missing, start=1):
         with part.archive(upload.folder) as archive, DATASET.batch_upload(force=True) as batch:
             batch.put_file(archive, str(remote / part.name))
-        log.info("Uploaded %d of %d files", number, len(missing))
+        log.info("Sent %d of %d", number, len(missing))
     with DATASET.batch_upload(force=True) as batch:
         batch.put_file(upload.receipt(), str(remote / uploads.RECEIPT))
     return path
@@ -402,8 +402,8 @@ def _copy(packed: Path) -> "PackedImages":
 
     began = time.monotonic()
     images = copy_packed(packed, SCRATCH / packed.parent.name / packed.name, streams=int(CPU))
-    gigabytes = sum(file.stat().st_size for file in images.folder.iterdir()) / 1e9
-    log.info("Copied the packed images to the container's disk: %.2f GB in %.1f s", gigabytes, time.monotonic() - began)
+    megabytes = sum(file.stat().st_size for file in images.folder.iterdir()) / 1e6
+    log.info("Copied the packed images to the container's disk: %.0f MB in %.1f s", megabytes, time.monotonic() - began)
     return images
 
 
