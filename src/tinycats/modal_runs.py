@@ -68,7 +68,6 @@ CLAIMS = modal.Dict.from_name("cats-claims", create_if_missing=True)
 
 SCRATCH = Path(tempfile.gettempdir(), "tinycats")  # the container's own disk
 COMMIT_ATTEMPTS = 6
-COMMIT_EVERY = 60  # seconds, of what is being prepared
 MAX_PREPARATIONS = 3  # of the images of one run: whoever finds them damaged has them prepared again
 PATIENCE = 600  # seconds that the laptop waits for a control plane that does not answer
 
@@ -448,19 +447,11 @@ def _prepare(data_dir: Path, frame: Frame, damaged: bool) -> Path:
     folder = data_dir
     if uploads.is_upload(data_dir):
         folder = uploads.unpack(data_dir, SCRATCH / "uploads" / data_dir.name)
-    committed_at = time.monotonic()
-
-    def commit_now_and_then() -> None:
-        nonlocal committed_at
-        if time.monotonic() - committed_at > COMMIT_EVERY:
-            _commit(DATASET)
-            committed_at = time.monotonic()
-
     for _ in range(2):
         # No lock: it does not reach other containers, which write the same bytes. None of the images is kept: a volume
         # cannot be committed while a file on it is mapped.
         places = [beside_folder(data_dir)]
-        images = packed(scan(folder), frame, places, lock=lambda _: nullcontext(), persist=commit_now_and_then)
+        images = packed(scan(folder), frame, places, lock=lambda _: nullcontext(), persist=lambda: _commit(DATASET))
         if not damaged or images.mend():
             return images.folder
     raise TransientError(f"{images.folder} is damaged again, as soon as it is packed")

@@ -14,8 +14,8 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -38,7 +38,7 @@ FEW_UNREADABLE = 3  # and that many may always be
 MAX_NAMED = 1000  # so many of them are named in the index
 PROGRESS = "progress.json"  # in a folder that is being packed
 BLOCK_IMAGES, BLOCK_BYTES = 4096, 2**26  # what is written, and made durable, at once
-SAY_EVERY = 60  # seconds between two lines of progress, for logs, which show no bar
+PERSIST_EVERY = 60  # seconds until `persist` is called again, and a line of progress logged
 
 Lock = Callable[[Path], AbstractContextManager[object]]
 
@@ -56,7 +56,7 @@ def packed(
     Args:
         places: folders for packed folders, the best first; of those that can be written the first is used.
         lock: of a file, keeps others from packing the folder at the same time: they wait.
-        persist: called after each block of images that was written, while none of the files is open.
+        persist: called every minute, while no file is open that is written or packed.
 
     Raises:
         UserError: too many unreadable images, a class without a readable one, a full disk.
@@ -185,15 +185,18 @@ class _Packing:
             self.folder.parent,
             f": going on at image {begun}" if begun else "",
         )
-        said = time.monotonic()
         with tqdm(total=len(self.files), initial=begun, desc="Packing", unit="img", disable=None) as bar:
-            for block in _in_blocks(_decode_all(self.source.root, self.files[begun:], self.frame)):
-                self._write(block)
-                persist()
-                bar.update(len(block))
-                if time.monotonic() - said > SAY_EVERY:
+            while self.progress.done < len(self.files):
+                until = time.monotonic() + PERSIST_EVERY
+                with closing(_decode_all(self.source.root, self.files[self.progress.done :], self.frame)) as decoded:
+                    for block in _in_blocks(decoded):
+                        self._write(block)
+                        bar.update(len(block))
+                        if time.monotonic() > until:
+                            break
+                if self.progress.done < len(self.files):
                     log.info("Packed %d of %d images", self.progress.done, len(self.files))
-                    said = time.monotonic()
+                    persist()
         self._check()
         write_index(self.folder, self._index())
 
@@ -310,7 +313,7 @@ def _decode(root: Path, file: ImageFile, frame: Frame) -> _Decoded:
     return _Decoded(file, pixels, zlib.crc32(pixels.data))
 
 
-def _decode_all(root: Path, files: Sequence[ImageFile], frame: Frame) -> Iterator[_Decoded]:
+def _decode_all(root: Path, files: Sequence[ImageFile], frame: Frame) -> Generator[_Decoded]:
     """Each file, in order, decoded on all cores. Threads do: Pillow lets go of Python's lock while it decodes and
     resizes."""
     workers = os.cpu_count() or 1

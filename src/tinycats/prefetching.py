@@ -1,7 +1,7 @@
 """Work that is done ahead of time on threads."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,7 +11,7 @@ _Result = TypeVar("_Result")
 
 def prefetch(
     function: Callable[[_Item], _Result], items: Iterable[_Item], workers: int, ahead: int
-) -> Iterator[_Result]:
+) -> Generator[_Result]:
     """`map(function, items)`, in order, by `workers` threads, which are at most `ahead` results ahead of their use.
 
     Closing the iterator stops the threads; what a call raises is raised where its result is due.
