@@ -30,8 +30,8 @@ def test_a_part_is_the_same_whoever_asks_for_it():
 
 @pytest.mark.parametrize("count", [3, 4, 5])
 def test_every_order_of_a_few_is_equally_likely(count):
-    """By chi-squared, in standard deviations. With 12 ROUNDS it is 5 of them off for five."""
-    orders = Counter(tuple(whole(count, key).tolist()) for key in range(200 * math.factorial(count)))
+    """By chi-squared, in standard deviations. Seen to fail with 8 ROUNDS for five."""
+    orders = Counter(tuple(whole(count, key).tolist()) for key in range(60 * math.factorial(count)))
     counts = np.array([orders[order] for order in itertools.permutations(range(count))])
     expected, freedom = counts.mean(), counts.size - 1
     assert abs(((counts - expected) ** 2 / expected).sum() - freedom) < 4 * math.sqrt(2 * freedom)
