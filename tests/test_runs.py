@@ -27,7 +27,7 @@ def test_an_open_run_has_no_file_open_between_its_rows(tmp_path):
         for step in range(6, 10):
             run.record({"step": step, "loss": 0.5})
             assert open_below(tmp_path) == []
-            assert threading.active_count() == threads
+            assert threading.active_count() <= threads
 
 
 def test_a_disk_that_is_full_is_one_line_wherever_it_shows(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Where the seconds before the first step go."""
 
+import re
 import time
 
 import torch
@@ -16,5 +17,5 @@ def test_each_phase_has_its_seconds_and_they_are_told_once(capsys):
     for _ in range(3):
         startup.first_step(torch.tensor(1.0))
     (line,) = capsys.readouterr().out.splitlines()
-    assert "seconds until the first step was done: start " in line
-    assert "imports 0.2, first step 0.0" in line
+    told = re.search(r"seconds until the first step was done: start [\d.]+, imports ([\d.]+), first step [\d.]+$", line)
+    assert float(told[1]) >= 0.2
