@@ -2,7 +2,7 @@
 # make smoke   train the classifier on the built-in toy cats
 # make test    lint, and every test, the slow and the end-to-end ones included
 # make test FAST=1   without the slow ones, for work in progress
-# make campaign   whatever can happen to a run, at random and hundreds of times; takes twenty-odd minutes
+# make campaign   whatever can happen to a run, at random and hundreds of times; takes twenty-five minutes
 # make lint    ruff, check and format, and mypy
 
 PYTHON ?= python3
