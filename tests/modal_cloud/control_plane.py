@@ -75,6 +75,15 @@ class Call:
     task: asyncio.Task | None = None
 
 
+@dataclass
+class Cluster:
+    """The containers of one attempt, which run at the same time; mostly one."""
+
+    cluster_id: str
+    size: int
+    members: dict[int, Container] = field(default_factory=dict)  # by rank
+
+
 class Cloud:
     """All that the control plane knows; its attributes are what tests look at.
 
@@ -156,9 +165,10 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
     """The service, for a client on the laptop, or for one container (which does not name itself in its calls,
     and so gets a server of its own)."""
 
-    def __init__(self, cloud: Cloud, container: Container | None = None):
+    def __init__(self, cloud: Cloud, container: Container | None = None, cluster: Cluster | None = None):
         self.cloud = cloud
         self.container = container
+        self.cluster = cluster
 
     # --- clients and environments --------------------------------------------------------------------------------
 
@@ -560,7 +570,7 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
         policy = call.function.definition.retry_policy
         deaths = failures = 0
         while True:
-            container = await self._attempt(call)
+            container = await self._attempt_by_all(call)
             if container.ended in ("interrupted", "died") and deaths < MAX_RESTARTS:
                 deaths += 1
                 continue
@@ -586,19 +596,38 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
         )
         call.done.set()
 
-    async def _attempt(self, call: Call) -> Container:
+    async def _attempt_by_all(self, call: Call) -> Container:
+        """The container whose end is the attempt's: the only one; or of a cluster, which stands and falls together, the
+        first, unless another came to a bad end before."""
+        size = max(1, call.function.definition._experimental_group_size)
+        cluster = Cluster(self.cloud.new_id("cu"), size)
+        running = {asyncio.create_task(self._attempt(call, cluster, rank)) for rank in range(size)}
+        bad = None
+        while running:
+            done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            for container in (task.result() for task in done):
+                if container.ended != "success":
+                    bad = bad or container
+                    for member in cluster.members.values():
+                        member.kill()
+        return bad or cluster.members[0]
+
+    async def _attempt(self, call: Call, cluster: Cluster, rank: int) -> Container:
         definition = call.function.definition
         cloud, loop = self.cloud, asyncio.get_running_loop()
         number = len(cloud.containers) + 1
         root = cloud.folder / f"container-{number}"
         root.mkdir()
         volumes = {mount.mount_path: cloud.volumes[mount.volume_id] for mount in definition.volume_mounts}
-        mounts = await loop.run_in_executor(None, containers.mount_volumes, root, volumes)
         of_function = sum(other.function == definition.function_name for other in cloud.containers) + 1
-        container = Container(cloud.new_id("ta"), number, of_function, call, mounts)
+        container = Container(cloud.new_id("ta"), number, of_function, call, mounts={})
         cloud.containers.append(container)
+        cluster.members[rank] = container
+        mounts = container.mounts = await loop.run_in_executor(None, containers.mount_volumes, root, volumes)
 
-        server = grpclib.server.Server([ControlPlane(cloud, container)], status_details_codec=custom_detail_codec)
+        server = grpclib.server.Server(
+            [ControlPlane(cloud, container, cluster)], status_details_codec=custom_detail_codec
+        )
         await server.start("127.0.0.1", 0)
         port = server._server.sockets[0].getsockname()[1]
         files = {
@@ -606,12 +635,14 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
             for mount_id in definition.mount_ids
             for path, digest in cloud.mounts[mount_id].items()
         }
+        files["/etc/hosts"] = b"127.0.0.1 localhost\n::1 i6pn.modal.local\n"
         files["/modal/arguments.pb"] = self._arguments(call.function, container).SerializeToString()
         environment = {
             "MODAL_SERVER_URL": f"http://127.0.0.1:{port}",
             "MODAL_TASK_ID": container.task_id,
             "MODAL_IS_REMOTE": "1",
             "MODAL_ENVIRONMENT": "main",
+            "MODAL_CLOUD_PROVIDER": "CLOUD_PROVIDER_AUTO",
             "MODAL_CONTAINER_ARGUMENTS_PATH": "/modal/arguments.pb",
         }
         image = cloud.images[definition.image_id]
@@ -687,6 +718,17 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
 
     async def ContainerHeartbeat(self, request: Any) -> api_pb2.ContainerHeartbeatResponse:
         return api_pb2.ContainerHeartbeatResponse()
+
+    async def TaskClusterHello(self, request: Any) -> api_pb2.TaskClusterHelloResponse:
+        (rank,) = (rank for rank, member in self.cluster.members.items() if member is self.container)
+        # Each has an address of its own, all of them this machine's.
+        addresses = [f"127.0.0.{number}" for number in range(1, self.cluster.size + 1)]
+        return api_pb2.TaskClusterHelloResponse(
+            cluster_id=self.cluster.cluster_id,
+            cluster_rank=rank,
+            container_ips=[f"::ffff:{address}" for address in addresses],
+            container_ipv4_ips=addresses,
+        )
 
     async def FunctionGetInputs(self, request: Any) -> api_pb2.FunctionGetInputsResponse:
         call = self.container.call

@@ -44,9 +44,12 @@ class Mounted:
     def reload(self) -> None:
         """Take over what others have committed; what this container has changed and not committed stays."""
         with self.volume.lock:
-            theirs = snapshot(self.volume.files)
+            theirs, before = snapshot(self.volume.files), snapshot(self.folder)
+            uncommitted = {path for path, facts in before.items() if self._mine.get(path) != facts}
             _apply(self._theirs, theirs, self.volume.files, self.folder)
-            self._mine, self._theirs = snapshot(self.folder), theirs
+            known = {path: facts for path, facts in self._mine.items() if path in uncommitted or path not in before}
+            present = {path: facts for path, facts in snapshot(self.folder).items() if path not in uncommitted}
+            self._mine, self._theirs = present | known, theirs
 
     def unmount(self) -> None:
         """The container has ended: a commit that still comes must not take its empty folder for removals."""
