@@ -3,12 +3,13 @@
 # make test    lint, and every test, the slow and the end-to-end ones included
 # make test FAST=1   without the slow ones, for work in progress
 # make campaign   whatever can happen to a run, at random and hundreds of times; takes twenty-five minutes
+# make gpu     what only a GPU can show; says so where there is none
 # make lint    ruff, check and format, and mypy
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup smoke test campaign lint bubblewrap
+.PHONY: setup smoke test gpu campaign lint bubblewrap
 
 setup: .venv/installed
 
@@ -41,6 +42,10 @@ bubblewrap:
 # do: half of the time they wait for the containers of the stand-in. Tests are handed out one by one, the slow ones first.
 test: lint bubblewrap
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 4 --dist load --maxschedchunk 1 $(if $(FAST),-m "not slow")
+
+gpu: setup
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/gpu.py
 
 campaign: setup bubblewrap
 	$(BIN)/python tests/campaign.py

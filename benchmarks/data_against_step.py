@@ -33,7 +33,7 @@ class Step:
     """A training step of TinyDiT at its default size, without the loader."""
 
     def __init__(self) -> None:
-        self.device = devices.choose(mixed_precision=True)
+        self.device = devices.choose("auto", mixed_precision=True)
         self.model = TinyDiT(13, IMAGE_SIZE).to(self.device.device)
         self.optimizer = adamw(self.model, 1e-4, 0.0)
 

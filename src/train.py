@@ -23,7 +23,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import modal
 
-from tinycats import checkpoints, command_line, frames, modal_runs, runs
+from tinycats import checkpoints, command_line, frames, modal_runs
 from tinycats.command_line import Options, number, whole_number
 from tinycats.data_dirs import is_toy
 from tinycats.errors import UserError
@@ -102,13 +102,14 @@ app = modal.App("tiny-cats-model")
 TIMEOUT = round(3600 * OPTIONS.timeout)
 
 
-@app.function(**modal_runs.CONTAINER, timeout=TIMEOUT)
+@app.function(**modal_runs.WITHOUT_GPU, timeout=TIMEOUT)
 def prepare_on_modal(payload: dict) -> dict:
     """What needs no GPU: the images are prepared, then `train_on_modal` is called."""
     return modal_runs.prepare_in_container(train_on_modal, payload)
 
 
-@app.function(**modal_runs.CONTAINER, timeout=TIMEOUT, gpu=OPTIONS.gpu or "T4")
+@app.function(**modal_runs.with_gpu(OPTIONS.gpu), timeout=TIMEOUT)
+@modal_runs.on_nodes(OPTIONS.nodes)
 def train_on_modal(payload: dict) -> dict:
     """One attempt at a run, in a container; every attempt gets the same payload."""
     return modal_runs.train_in_container(PARSER, train, prepare_on_modal, payload)
@@ -127,176 +128,167 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         UserError: the data, an option or a checkpoint is of no use, the disk is full, training diverged.
         Stopped: a stop signal came; the checkpoint is saved.
     """
-    folder, checkpoint = runs.starting_point(options, PARSER.prog)
-    if checkpoint:
-        options = command_line.resumed_options(options, checkpoint["options"])
-    description = command_line.description(PARSER.prog, options)
     startup = Startup()
 
     import torch
     from torch.nn.functional import cross_entropy
     from tqdm import tqdm
 
-    from tinycats import classifier, devices
+    from tinycats import classifier
+    from tinycats.attempts import Part, attempt
+    from tinycats.batch_norm import synchronised
     from tinycats.batches import INITIALISATION, TrainingBatches, ValidationBatches, load_batches, seed_for
+    from tinycats.devices import out_of_memory_is_told
     from tinycats.optimization import adamw, all_finite, warmup_cosine
 
-    startup.ended("imports")
+    with attempt(PARSER.prog, options, frame_of, stop, machine, startup) as this:
+        options, dataset, device, processes = this.options, this.dataset, this.device, this.processes
+        classes = dataset.classes
+        if len(classes) < 2:
+            raise UserError(f"{options.data_dir} has a single class, {classes[0]!r}: a classifier needs at least two")
+        training_transform = classifier.training_transform(options.image_size)
+        validation_transform = classifier.validation_transform(options.image_size)
+        batches = TrainingBatches(dataset, options.batch_size, training_transform, options.seed, processes)
+        validation_batches = ValidationBatches(dataset, options.batch_size, validation_transform, processes)
+        total_steps = options.epochs * batches.steps_per_epoch
 
-    # Images: decoded once, and cut into the same batches whatever happens on the way.
-    dataset = machine.open_dataset(options.data_dir, frame_of(options), options.output_dir)
-    classes = dataset.classes
-    if len(classes) < 2:
-        raise UserError(f"{options.data_dir} has a single class, {classes[0]!r}: a classifier needs at least two")
-    if checkpoint and checkpoint["data"] != dataset.content:
-        raise UserError(f"{options.data_dir} does not hold the images that this run was trained on so far")
-    training_transform = classifier.training_transform(options.image_size)
-    validation_transform = classifier.validation_transform(options.image_size)
-    batches = TrainingBatches(dataset, options.batch_size, training_transform, options.seed)
-    validation_batches = ValidationBatches(dataset, options.batch_size, validation_transform)
-    total_steps = options.epochs * batches.steps_per_epoch
+        # Model, optimizer, learning rate.
+        torch.manual_seed(seed_for(options.seed, INITIALISATION))
+        is_pretrained = options.pretrained and not this.checkpoint and processes.is_main  # the others get its weights
+        model = processes.together(lambda: classifier.build(options.backbone, len(classes), pretrained=is_pretrained))
+        if processes.count > 1:
+            model = synchronised(model, device.device)
+        model.to(device.device).to(memory_format=torch.channels_last)
+        parallel_model = processes.parallel(model, device.device)
+        optimizer = adamw(model, options.lr, options.weight_decay)
+        schedule = warmup_cosine(optimizer, round(options.warmup_epochs * batches.steps_per_epoch), total_steps)
 
-    startup.ended("images")
+        # All that changes while training. Random numbers are derived from (seed, step) and are not part of it.
+        parts: dict[str, Part] = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": device.scaler}
+        this.restore(parts)
+        step, epoch_loss, metrics = 0, torch.zeros((), device=device.device), []
+        best: dict[str, Any] = {}
+        if this.checkpoint:
+            step, best, metrics = this.checkpoint["step"], this.checkpoint["best"] or {}, this.checkpoint["metrics"]
+            epoch_loss += this.checkpoint["epoch_loss"].to(device.device)
 
-    # Model, optimizer, learning rate.
-    device = devices.choose(options.mixed_precision, expects_gpu=machine.expects_gpu)
-    torch.manual_seed(seed_for(options.seed, INITIALISATION))
-    model = classifier.build(options.backbone, len(classes), pretrained=options.pretrained and not checkpoint)
-    model.to(device.device).to(memory_format=torch.channels_last)
-    parallel_model = device.over_all_gpus(model)
-    optimizer = adamw(model, options.lr, options.weight_decay)
-    schedule = warmup_cosine(optimizer, round(options.warmup_epochs * batches.steps_per_epoch), total_steps)
+        def require_finite(loss: float) -> None:
+            if not math.isfinite(loss):
+                raise UserError(f"training diverged: the loss is {loss} at step {step}; a lower --lr may help")
 
-    # All that changes while training. Random numbers are derived from (seed, step) and are not part of it.
-    step, epoch_loss, metrics = 0, torch.zeros((), device=device.device), []
-    best: dict[str, Any] = {}
-    if checkpoint:
-        step, best, metrics = checkpoint["step"], checkpoint["best"] or {}, checkpoint["metrics"]
-        epoch_loss += checkpoint["epoch_loss"].to(device.device)
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        schedule.load_state_dict(checkpoint["schedule"])
-        device.scaler.load_state_dict(checkpoint["scaler"])
+        def current_checkpoint() -> dict:
+            # A checkpoint is for going on from: with infinities in it, it would only bury the last one that was sound.
+            require_finite(epoch_loss.item())
+            require_finite(0.0 if all_finite(model) else math.inf)
+            return this.checkpoint_of(step, metrics, parts, epoch_loss=epoch_loss, best=best)
 
-    def require_finite(loss: float) -> None:
-        if not math.isfinite(loss):
-            raise UserError(f"training diverged: the loss is {loss} at step {step}; a lower --lr may help")
+        @torch.inference_mode()
+        def evaluate() -> dict | None:
+            """Loss and accuracies on the validation images; None if the run was asked to stop."""
+            model.eval()
+            total_loss = torch.zeros((), device=device.device)
+            confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device.device)
+            for images, labels in load_batches(
+                validation_batches, range(len(validation_batches)), this.num_workers, pin_memory=device.is_gpu
+            ):
+                if run.is_to_stop():
+                    return None
+                if len(images):
+                    targets = device.put(labels)
+                    with device.autocast:
+                        logits = model(classifier.normalise(device.put(images)))
+                    total_loss += cross_entropy(logits.float(), targets, reduction="sum")
+                    confusion += classifier.confusion_matrix(logits, targets)
+            val_loss = processes.sum(total_loss).item() / len(validation_batches.indices)
+            return {"val_loss": val_loss, **classifier.accuracies(processes.sum(confusion).cpu(), classes)}
 
-    def current_checkpoint() -> dict:
-        # A checkpoint is for going on from: one with infinities in it would only bury the last one that was sound.
-        require_finite(epoch_loss.item())
-        require_finite(0.0 if all_finite(model) else math.inf)
-        return {
-            **description,
-            "submission": options.submission,
-            "data": dataset.content,
-            "step": step,
-            "epoch_loss": epoch_loss,
-            "best": best,
-            "metrics": metrics,
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "scaler": device.scaler.state_dict(),
-        }
-
-    workers = machine.num_workers(device.is_gpu) if options.num_workers is None else options.num_workers
-
-    @torch.inference_mode()
-    def evaluate() -> dict | None:
-        """Loss and accuracies on the validation images; None if the run was asked to stop."""
-        model.eval()
-        total_loss = torch.zeros((), device=device.device)
-        confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device.device)
-        for images, labels in load_batches(
-            validation_batches, range(len(validation_batches)), workers, pin_memory=device.is_gpu
-        ):
-            if stop.requested:
-                return None
-            targets = device.put(labels)
-            with device.autocast:
-                logits = parallel_model(classifier.normalise(device.put(images)))
-            total_loss += cross_entropy(logits.float(), targets, reduction="sum")
-            confusion += classifier.confusion_matrix(logits, targets)
-        val_loss = total_loss.item() / len(validation_batches.indices)
-        return {"val_loss": val_loss, **classifier.accuracies(confusion.cpu(), classes)}
-
-    with runs.open_run(folder, description, metrics, step, stop, machine, options.save_every) as run:
-        log.info("%s run %s at step %d of %d", "Resuming" if checkpoint else "Starting", folder.name, step, total_steps)
-        log.info("%d images to train on, %d to validate with", len(batches.indices), len(validation_batches.indices))
-        log.info("%d classes: %s", len(classes), ", ".join(classes))
-        if not checkpoint:
-            run.save(current_checkpoint())  # from here on there is something to resume
-
-        loader = iter(load_batches(batches, range(step, total_steps), workers, pin_memory=device.is_gpu))
-        startup.ended("model")
-        bar = tqdm(total=total_steps, initial=step, unit="step", disable=None)
-        finished_epochs = sum("val_loss" in row for row in metrics)
-        for epoch in range(finished_epochs + 1, options.epochs + 1):
-            began, first_step, waited = time.perf_counter(), step, 0.0
-            model.train()
-            while step < epoch * batches.steps_per_epoch:
-                asked = time.perf_counter()
-                images, labels = next(loader)
-                waited += time.perf_counter() - asked
-
-                with device.autocast:
-                    logits = parallel_model(classifier.normalise(device.put(images)))
-                loss = cross_entropy(logits.float(), device.put(labels), label_smoothing=options.label_smoothing)
-                optimizer.zero_grad(set_to_none=True)
-                device.scaler.scale(loss).backward()
-                if options.gradient_clip:
-                    device.scaler.unscale_(optimizer)
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
-                device.scaler.step(optimizer)
-                device.scaler.update()
-                schedule.step()
-                step += 1
-                epoch_loss += loss.detach()
-
-                bar.update()
-                startup.first_step(loss)
-                if step % LOG_EVERY == 0:
-                    value = loss.item()  # waits for the GPU, hence not at every step
-                    require_finite(value)
-                    run.record({"step": step, "epoch": epoch, "loss": value, "lr": schedule.get_last_lr()[0]})
-                    bar.set_postfix(loss=f"{value:.3f}")
-                if run.save_due:
-                    run.save(current_checkpoint())
-
-            seconds = time.perf_counter() - began
-            results = evaluate()
-            if results is None:  # this epoch is evaluated when the run goes on
-                run.save(current_checkpoint())
-                raise AssertionError("saving leaves a run that was asked to stop")
-            train_loss = epoch_loss.item() / batches.steps_per_epoch
-            epoch_loss.zero_()
-            require_finite(train_loss + results["val_loss"])
-            run.record({"step": step, "epoch": epoch, "train_loss": train_loss, **results})
+        with this.open_run(metrics, step) as run, out_of_memory_is_told(options.batch_size, "a smaller --batch-size"):
+            begins = "Resuming" if this.checkpoint else "Starting"
+            log.info("%s run %s at step %d of %d", begins, this.folder.name, step, total_steps)
             log.info(
-                f"Epoch {epoch}/{options.epochs} complete. Loss: {train_loss:.3f}, validation loss: "
-                f"{results['val_loss']:.3f}, accuracy: {results['val_accuracy']:.3f}, balanced: "
-                f"{results['balanced_accuracy']:.3f} | {(step - first_step) * batches.batch_size / seconds:.0f} "
-                f"images/s, {waited / seconds:.0%} of the time waiting for them"
+                "%d images to train on, %d to validate with", len(batches.indices), len(validation_batches.indices)
             )
+            log.info("%d classes: %s", len(classes), ", ".join(classes))
+            if not this.checkpoint:
+                run.save(current_checkpoint)  # from here on there is something to resume
 
-            # Balanced: most of data/cats is dogs, and whoever always says `other` is right most of the time.
-            rank = [results["balanced_accuracy"], -results["val_loss"]]
-            if not best or rank > best["rank"]:
-                weights = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
-                best = {"rank": rank, "metrics": {"epoch": epoch, **results}, "state_dict": weights}
-            run.save(current_checkpoint())
-        bar.close()
+            loader = iter(load_batches(batches, range(step, total_steps), this.num_workers, pin_memory=device.is_gpu))
+            startup.ended("model")
+            bar = tqdm(total=total_steps, initial=step, unit="step", disable=None if processes.is_main else True)
+            finished_epochs = sum("val_loss" in row for row in metrics)
+            for epoch in range(finished_epochs + 1, options.epochs + 1):
+                began, first_step, waited = time.perf_counter(), step, 0.0
+                model.train()
+                while step < epoch * batches.steps_per_epoch:
+                    asked = time.perf_counter()
+                    images, labels = next(loader)
+                    waited += time.perf_counter() - asked
 
-        model_file, finished = folder / MODEL, options.output_dir / MODEL
-        classifier.export(
-            model_file, best["state_dict"], options.backbone, classes, options.image_size, best["metrics"]
-        )
-        checkpoints.publish_model(model_file, finished)
-        machine.persist()
-        accuracy, epoch = best["metrics"]["val_accuracy"], best["metrics"]["epoch"]
-        log.info(f"Done. Validation accuracy {accuracy:.3f} (epoch {epoch}). Model: {machine.how_to_fetch(finished)}")
-    return {"run": folder.name, "model": str(finished), "metrics": best["metrics"]}
+                    with device.autocast:
+                        logits = parallel_model(classifier.normalise(device.put(images)))
+                    loss = cross_entropy(logits.float(), device.put(labels), label_smoothing=options.label_smoothing)
+                    loss = loss * processes.weight(batches.batch_size)
+                    optimizer.zero_grad(set_to_none=True)
+                    device.scaler.scale(loss).backward()
+                    if options.gradient_clip:
+                        device.scaler.unscale_(optimizer)
+                        torch.nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
+                    device.scaler.step(optimizer)
+                    device.scaler.update()
+                    schedule.step()
+                    step += 1
+                    loss = processes.mean(loss.detach())
+                    epoch_loss += loss
+
+                    bar.update()
+                    startup.first_step(loss)
+                    if step % LOG_EVERY == 0:
+                        value = loss.item()  # waits for the GPU, hence not at every step
+                        require_finite(value)
+                        run.record({"step": step, "epoch": epoch, "loss": value, "lr": schedule.get_last_lr()[0]})
+                        bar.set_postfix(loss=f"{value:.3f}")
+                    if run.save_due():
+                        run.save(current_checkpoint)
+
+                train_loss = epoch_loss.item() / batches.steps_per_epoch
+                seconds = time.perf_counter() - began
+                startup.trained(seconds - waited)
+                results = evaluate()
+                if results is None:  # this epoch is evaluated when the run goes on
+                    run.save(current_checkpoint)
+                    raise AssertionError("saving leaves a run that was asked to stop")
+                epoch_loss.zero_()
+                require_finite(train_loss + results["val_loss"])
+                run.record({"step": step, "epoch": epoch, "train_loss": train_loss, **results})
+                log.info(
+                    f"Epoch {epoch}/{options.epochs} complete. Loss: {train_loss:.3f}, validation loss: "
+                    f"{results['val_loss']:.3f}, accuracy: {results['val_accuracy']:.3f}, balanced: "
+                    f"{results['balanced_accuracy']:.3f} | {(step - first_step) * batches.batch_size / seconds:.0f} "
+                    f"images/s, {waited / seconds:.0%} of the time waiting for them"
+                )
+
+                # Balanced: most of data/cats is dogs, and whoever always says `other` is right most of the time.
+                rank = [results["balanced_accuracy"], -results["val_loss"]]
+                if not best or rank > best["rank"]:
+                    weights = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
+                    best = {"rank": rank, "metrics": {"epoch": epoch, **results}, "state_dict": weights}
+                run.save(current_checkpoint)
+            bar.close()
+            run.wait_until_saved()
+
+            finished = options.output_dir / MODEL
+            if processes.is_main:
+                model_file = this.folder / MODEL
+                classifier.export(
+                    model_file, best["state_dict"], options.backbone, classes, options.image_size, best["metrics"]
+                )
+                checkpoints.publish_model(model_file, finished)
+                machine.persist()
+            accuracy, epoch = best["metrics"]["val_accuracy"], best["metrics"]["epoch"]
+            fetch = machine.how_to_fetch(finished)
+            log.info(f"Done. Validation accuracy {accuracy:.3f} (epoch {epoch}). Model: {fetch}")
+            startup.log_totals()
+    return {"run": this.folder.name, "model": str(finished), "metrics": best["metrics"]}
 
 
 # --- the two ways in ---------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import modal
 
-from tinycats import checkpoints, command_line, frames, modal_runs, runs
+from tinycats import checkpoints, command_line, frames, modal_runs
 from tinycats.command_line import Options, number, whole_number
 from tinycats.data_dirs import is_toy
 from tinycats.errors import UserError
@@ -72,6 +72,18 @@ class GeneratorParser(command_line.Parser):
             type=whole_number(0),
             metavar="STEPS",
             help="how long the learning rate rises (default: 10000, but at most a twentieth of --steps)",
+        )
+        training.add_argument(
+            "--accumulate",
+            type=whole_number(1),
+            default=1,
+            metavar="N",
+            help="compute a batch in N parts, one after another: the same result in less memory",
+        )
+        training.add_argument(
+            "--compile",
+            action=command_line.BooleanOptionalAction,
+            help="torch.compile, which takes a minute or so and then less for each step (default: on a GPU)",
         )
         training.add_argument(
             "--ema-beta", type=number(at_least=0, below=1), default=0.9999, help="decay of the weights' EMA"
@@ -125,13 +137,14 @@ app = modal.App("tiny-cats-dit")
 TIMEOUT = round(3600 * OPTIONS.timeout)
 
 
-@app.function(**modal_runs.CONTAINER, timeout=TIMEOUT)
+@app.function(**modal_runs.WITHOUT_GPU, timeout=TIMEOUT)
 def prepare_on_modal(payload: dict) -> dict:
     """What needs no GPU: the images are prepared, then `train_on_modal` is called."""
     return modal_runs.prepare_in_container(train_on_modal, payload)
 
 
-@app.function(**modal_runs.CONTAINER, timeout=TIMEOUT, gpu=OPTIONS.gpu or "A10G")
+@app.function(**modal_runs.with_gpu(OPTIONS.gpu), timeout=TIMEOUT)
+@modal_runs.on_nodes(OPTIONS.nodes)
 def train_on_modal(payload: dict) -> dict:
     """One attempt at a run, in a container; every attempt gets the same payload."""
     return modal_runs.train_in_container(PARSER, train, prepare_on_modal, payload)
@@ -150,16 +163,13 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         UserError: the data, an option or a checkpoint is of no use, the disk is full, training diverged.
         Stopped: a stop signal came; the checkpoint is saved.
     """
-    folder, checkpoint = runs.starting_point(options, PARSER.prog)
-    if checkpoint:
-        options = command_line.resumed_options(options, checkpoint["options"])
-    description = command_line.description(PARSER.prog, options)
     startup = Startup()
 
     import torch
     from tqdm import tqdm
 
-    from tinycats import devices, generator
+    from tinycats import generator
+    from tinycats.attempts import Part, attempt
     from tinycats.batches import (
         INITIALISATION,
         NOISE,
@@ -170,159 +180,168 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         load_batches,
         seed_for,
     )
+    from tinycats.compilation import compile_if_possible
+    from tinycats.devices import out_of_memory_is_told
     from tinycats.dit import TinyDiT
     from tinycats.ema import ema_model
-    from tinycats.flow_matching import drop_classes, flow_matching_loss, sample_timesteps
+    from tinycats.flow_matching import dropped_classes, flow_matching_loss, sample_timesteps
     from tinycats.optimization import adamw, all_finite, warmup_stable_decay
 
-    startup.ended("imports")
+    with attempt(PARSER.prog, options, frame_of, stop, machine, startup) as this:
+        options, dataset, device, processes = this.options, this.dataset, this.device, this.processes
+        batches = TrainingBatches(dataset, options.batch_size, generator.training_transform, options.seed, processes)
+        validation_batches = ValidationBatches(dataset, options.batch_size, generator.validation_transform, processes)
 
-    # Images: decoded once, and cut into the same batches whatever happens on the way.
-    dataset = machine.open_dataset(options.data_dir, frame_of(options), options.output_dir)
-    if checkpoint and checkpoint["data"] != dataset.content:
-        raise UserError(f"{options.data_dir} does not hold the images that this run was trained on so far")
-    batches = TrainingBatches(dataset, options.batch_size, generator.training_transform, options.seed)
-    validation_batches = ValidationBatches(dataset, options.batch_size, generator.validation_transform)
+        # Model, EMA, optimizer, learning rate.
+        torch.manual_seed(seed_for(options.seed, INITIALISATION))
+        shape = {name: getattr(options, name) for name in SHAPE}
+        model = TinyDiT(len(dataset.classes), **shape).to(device.device)
+        ema = ema_model(model, options.ema_beta)
+        optimizer = adamw(model, options.lr, options.weight_decay, generator.BETA2)
+        schedule = warmup_stable_decay(optimizer, options.warmup_steps, options.steps)
 
-    startup.ended("images")
-
-    # Model, EMA, optimizer, learning rate.
-    device = devices.choose(options.mixed_precision, expects_gpu=machine.expects_gpu)
-    torch.manual_seed(seed_for(options.seed, INITIALISATION))
-    shape = {name: getattr(options, name) for name in SHAPE}
-    model = TinyDiT(len(dataset.classes), **shape).to(device.device)
-    parallel_model = device.over_all_gpus(model)
-    ema = ema_model(model, options.ema_beta)
-    optimizer = adamw(model, options.lr, options.weight_decay, generator.BETA2)
-    schedule = warmup_stable_decay(optimizer, options.warmup_steps, options.steps)
-
-    # All that changes while training. Random numbers are derived from (seed, step) and are not part of it.
-    step, metrics = 0, []
-    if checkpoint:
-        step, metrics = checkpoint["step"], checkpoint["metrics"]
-        model.load_state_dict(checkpoint["model"])
-        ema.load_state_dict(checkpoint["average"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        schedule.load_state_dict(checkpoint["schedule"])
-        device.scaler.load_state_dict(checkpoint["scaler"])
-
-    def require_sound(loss: float) -> None:
-        if not math.isfinite(loss):
-            raise UserError(f"training diverged: the loss is {loss} at step {step}; a lower --lr may help")
-        if loss == 0:
-            raise UserError(f"the loss is exactly 0 at step {step}: nothing is being learned from this data")
-
-    def current_checkpoint() -> dict:
-        if not all_finite(model):
-            require_sound(math.inf)
-        return {
-            **description,
-            "submission": options.submission,
-            "data": dataset.content,
-            "step": step,
-            "metrics": metrics,
-            "model": model.state_dict(),
-            "average": ema.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "schedule": schedule.state_dict(),
-            "scaler": device.scaler.state_dict(),
+        # All that changes while training. Random numbers are derived from (seed, step) and are not part of it.
+        parts: dict[str, Part] = {
+            "model": model,
+            "average": ema,
+            "optimizer": optimizer,
+            "schedule": schedule,
+            "scaler": device.scaler,
         }
+        this.restore(parts)
+        step, metrics = (this.checkpoint["step"], this.checkpoint["metrics"]) if this.checkpoint else (0, [])
+        if options.compile if options.compile is not None else device.is_gpu:
+            share = batches.share.stop - batches.share.start
+            cache = machine.compiled_code(device.name) if processes.is_main else None
+            compile_if_possible(model, device, math.ceil(share / options.accumulate), cache)
+            startup.ended("compiling")
+        parallel_model = processes.parallel(model, device.device)
 
-    workers = machine.num_workers(device.is_gpu) if options.num_workers is None else options.num_workers
-    sample_steps = options.sample_steps or (50 if device.is_gpu else 10)
+        def require_sound(loss: float) -> None:
+            if not math.isfinite(loss):
+                raise UserError(f"training diverged: the loss is {loss} at step {step}; a lower --lr may help")
+            if loss == 0:
+                raise UserError(f"the loss is exactly 0 at step {step}: nothing is being learned from this data")
 
-    @torch.no_grad()
-    def validation_loss() -> float:
-        """The EMA's loss on the validation images, with the same noise and timesteps each time."""
-        total = torch.zeros((), device=device.device)
-        for index, (images, labels) in enumerate(
-            load_batches(validation_batches, range(len(validation_batches)), workers, pin_memory=device.is_gpu)
-        ):
-            rng = torch.Generator().manual_seed(seed_for(options.seed, VALIDATION, index))
-            targets = generator.to_unit(device.put(images))
-            noise = device.put(torch.randn(images.shape, generator=rng))
-            timesteps = device.put(sample_timesteps(len(images), rng))
-            with device.autocast:
-                total += len(images) * flow_matching_loss(ema, noise, targets, timesteps, device.put(labels))
-        return total.item() / len(validation_batches.indices)
+        def current_checkpoint() -> dict:
+            if not all_finite(model):
+                require_sound(math.inf)
+            return this.checkpoint_of(step, metrics, parts)
 
-    with runs.open_run(folder, description, metrics, step, stop, machine, options.save_every) as run:
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        log.info(
-            "%s run %s at step %d of %d", "Resuming" if checkpoint else "Starting", folder.name, step, options.steps
-        )
-        log.info("%d images to train on, %d to validate with", len(batches.indices), len(validation_batches.indices))
-        log.info("%d classes: %s", len(dataset.classes), ", ".join(dataset.classes))
-        log.info("TinyDiT with %.1f million parameters, %d patches", parameters / 1e6, model.position.shape[0])
-        if not checkpoint:
-            run.save(current_checkpoint())  # from here on there is something to resume
+        sample_steps = options.sample_steps or (50 if device.is_gpu else 10)
 
-        loader = iter(load_batches(batches, range(step, options.steps), workers, pin_memory=device.is_gpu))
-        startup.ended("model")
-        bar = tqdm(total=options.steps, initial=step, unit="step", disable=None)
-        began, first_step, waited = time.perf_counter(), step, 0.0
-        model.train()
-        while step < options.steps:
-            asked = time.perf_counter()
-            images, labels = next(loader)
-            waited += time.perf_counter() - asked
-
-            # The path of each image: where it starts, how far along it we look, whether its class is told.
-            rng = torch.Generator().manual_seed(seed_for(options.seed, PATH, step))
-            timesteps = device.put(sample_timesteps(len(images), rng))
-            classes = device.put(drop_classes(labels, model.null_class, CLASS_DROPOUT, rng))
-            targets = generator.to_unit(device.put(images))
-            noise_rng = torch.Generator(device.device).manual_seed(seed_for(options.seed, NOISE, step))
-            noise = torch.randn(targets.shape, generator=noise_rng, device=device.device)
-
-            with device.autocast:
-                loss = flow_matching_loss(parallel_model, noise, targets, timesteps, classes)
-            optimizer.zero_grad(set_to_none=True)
-            device.scaler.scale(loss).backward()
-            if options.gradient_clip:
-                device.scaler.unscale_(optimizer)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
-            device.scaler.step(optimizer)
-            device.scaler.update()
-            schedule.step()
-            ema.update_parameters(model)
-            step += 1
-
-            bar.update()
-            startup.first_step(loss)
-            if step % LOG_EVERY == 0 or step == options.steps:
-                value = loss.item()  # waits for the GPU, hence not at every step
-                require_sound(value)
-                seconds = time.perf_counter() - began
-                run.record({"step": step, "loss": value, "lr": schedule.get_last_lr()[0]})
-                bar.set_postfix(loss=f"{value:.3f}")
-                log.info(
-                    f"Step {step}/{options.steps}. Loss: {value:.4f} | {(step - first_step) / seconds:.2f} steps/s, "
-                    f"{waited / seconds:.0%} of the time waiting for images"
+        @torch.no_grad()
+        def validation_loss() -> float:
+            """The EMA's loss on the validation images, with the same noise and timesteps each time."""
+            total = torch.zeros((), device=device.device)
+            for index, (images, labels) in enumerate(
+                load_batches(
+                    validation_batches, range(len(validation_batches)), this.num_workers, pin_memory=device.is_gpu
                 )
-                began, first_step, waited = time.perf_counter(), step, 0.0
-            if step % options.sample_every == 0 or step == options.steps:
-                value = validation_loss()
-                require_sound(value)
-                run.record({"step": step, "val_loss": value})
-                with device.autocast:
-                    grid = generator.sample_grid(
-                        ema, len(dataset.classes), options.image_size, options.cfg_scale, sample_steps
-                    )
-                run.image("samples", grid, step)
-                log.info(f"Step {step}/{options.steps}. Validation loss: {value:.4f}; samples/step_{step:07}.png")
-                began, first_step, waited = time.perf_counter(), step, 0.0
-            if run.save_due or step == options.steps:
-                run.save(current_checkpoint())
-        bar.close()
+            ):
+                rng = torch.Generator().manual_seed(seed_for(options.seed, VALIDATION, index))
+                size, share = validation_batches.share_of(index)
+                noise = torch.randn((size, *images.shape[1:]), generator=rng)[share]
+                timesteps = sample_timesteps(size, rng)[share]
+                if len(images):
+                    path = device.put(noise), generator.to_unit(device.put(images)), device.put(timesteps)
+                    with device.autocast:
+                        total += len(images) * flow_matching_loss(ema, *path, device.put(labels))
+            return processes.sum(total).item() / len(validation_batches.indices)
 
-        model_file, finished = folder / MODEL, options.output_dir / MODEL
-        last = metrics[-1]
-        generator.export(model_file, ema.module.state_dict(), shape, dataset.classes, options.cfg_scale, last)
-        checkpoints.publish_model(model_file, finished)
-        machine.persist()
-        log.info(f"Done. Validation loss {last['val_loss']:.4f}. Model: {machine.how_to_fetch(finished)}")
-    return {"run": folder.name, "model": str(finished), "metrics": last}
+        told = "--accumulate 2, which computes the same in two halves, or a smaller --batch-size"
+        with this.open_run(metrics, step) as run, out_of_memory_is_told(options.batch_size, told):
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            begins = "Resuming" if this.checkpoint else "Starting"
+            log.info("%s run %s at step %d of %d", begins, this.folder.name, step, options.steps)
+            log.info(
+                "%d images to train on, %d to validate with", len(batches.indices), len(validation_batches.indices)
+            )
+            log.info("%d classes: %s", len(dataset.classes), ", ".join(dataset.classes))
+            log.info("TinyDiT with %.1f million parameters, %d patches", parameters / 1e6, model.position.shape[0])
+            if not this.checkpoint:
+                run.save(current_checkpoint)  # from here on there is something to resume
+
+            loader = iter(load_batches(batches, range(step, options.steps), this.num_workers, pin_memory=device.is_gpu))
+            startup.ended("model")
+            bar = tqdm(total=options.steps, initial=step, unit="step", disable=None if processes.is_main else True)
+            began, first_step, waited = time.perf_counter(), step, 0.0
+            model.train()
+            while step < options.steps:
+                asked = time.perf_counter()
+                images, labels = next(loader)
+                waited += time.perf_counter() - asked
+
+                # The path of each image: where it starts, how far along it we look, whether its class is told.
+                rng = torch.Generator().manual_seed(seed_for(options.seed, PATH, step))
+                timesteps = sample_timesteps(batches.batch_size, rng)[batches.share]
+                dropped = dropped_classes(batches.batch_size, CLASS_DROPOUT, rng)[batches.share]
+                targets = generator.to_unit(device.put(images))
+                noise_rng = torch.Generator(device.device).manual_seed(seed_for(options.seed, NOISE, step))
+                noise_shape = (batches.batch_size, *targets.shape[1:])
+                noise = torch.randn(noise_shape, generator=noise_rng, device=device.device)[batches.share]
+                classes = torch.where(dropped, model.null_class, labels)
+                path = noise, targets, device.put(timesteps), device.put(classes)
+
+                optimizer.zero_grad(set_to_none=True)
+                loss = torch.zeros((), device=device.device)
+                for part, synchronise in processes.in_parts(path, options.accumulate, parallel_model):
+                    with synchronise:
+                        with device.autocast:
+                            part_loss = flow_matching_loss(parallel_model, *part)
+                        part_loss = part_loss * (len(part[0]) * processes.count / batches.batch_size)
+                        device.scaler.scale(part_loss).backward()
+                    loss += part_loss.detach()
+                if options.gradient_clip:
+                    device.scaler.unscale_(optimizer)
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
+                device.scaler.step(optimizer)
+                device.scaler.update()
+                schedule.step()
+                ema.update_parameters(model)
+                step += 1
+                loss = processes.mean(loss)
+
+                bar.update()
+                startup.first_step(loss)
+                if step % LOG_EVERY == 0 or step == options.steps:
+                    value = loss.item()  # waits for the GPU, hence not at every step
+                    require_sound(value)
+                    seconds = time.perf_counter() - began
+                    startup.trained(seconds - waited)
+                    run.record({"step": step, "loss": value, "lr": schedule.get_last_lr()[0]})
+                    bar.set_postfix(loss=f"{value:.3f}")
+                    steps_per_second = (step - first_step) / seconds
+                    log.info(
+                        f"Step {step}/{options.steps}. Loss: {value:.4f} | {steps_per_second:.2f} steps/s, "
+                        f"{waited / seconds:.0%} of the time waiting for images"
+                    )
+                    began, first_step, waited = time.perf_counter(), step, 0.0
+                if step % options.sample_every == 0 or step == options.steps:
+                    value = validation_loss()
+                    require_sound(value)
+                    run.record({"step": step, "val_loss": value})
+                    with device.autocast:
+                        grid = generator.sample_grid(
+                            ema, len(dataset.classes), options.image_size, options.cfg_scale, sample_steps, processes
+                        )
+                    run.image("samples", grid, step)
+                    log.info(f"Step {step}/{options.steps}. Validation loss: {value:.4f}; samples/step_{step:07}.png")
+                    began, first_step, waited = time.perf_counter(), step, 0.0
+                if run.save_due() or step == options.steps:
+                    run.save(current_checkpoint)
+            bar.close()
+            run.wait_until_saved()
+
+            finished, last = options.output_dir / MODEL, metrics[-1]
+            if processes.is_main:
+                model_file, weights = this.folder / MODEL, ema.module.state_dict()
+                generator.export(model_file, weights, shape, dataset.classes, options.cfg_scale, last)
+                checkpoints.publish_model(model_file, finished)
+                machine.persist()
+            log.info(f"Done. Validation loss {last['val_loss']:.4f}. Model: {machine.how_to_fetch(finished)}")
+            startup.log_totals()
+    return {"run": this.folder.name, "model": str(finished), "metrics": last}
 
 
 # --- the two ways in ---------------------------------------------------------------------------------------------

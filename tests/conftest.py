@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -96,6 +97,17 @@ def run_quietly(script: str, *arguments: object, cwd: Path) -> None:
     output, errors = process.communicate(timeout=900)
     assert (process.returncode, errors) == (0, "")
     (cwd / "stdout.txt").write_text(output)
+
+
+def processes(count: int, script: str, *arguments: object, cwd: Path, **options) -> list[subprocess.Popen]:
+    """`python src/<script> …` as so many processes of one run, without a launcher: the others meet at process 0."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    return [script_process(script, *arguments, cwd=cwd, env=env, **options) for env in environments]
 
 
 def damage(path: Path, rng: random.Random) -> None:

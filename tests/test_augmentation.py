@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torchvision.transforms import v2
 
-from tinycats.augmentation import ASPECTS, middle_crops, mirror_half, random_boxes, random_crops
+from tinycats.augmentation import ASPECTS, BatchRng, middle_crops, mirror_half, random_boxes, random_crops
 
 SCALE = (0.35, 1.0)
 
@@ -12,7 +12,7 @@ SCALE = (0.35, 1.0)
 def test_boxes_lie_within_their_images_and_are_spread_as_torchvisions_are():
     """10,000 boxes of one image: means and deviations of area, aspect and place."""
     height, width = 256, 340
-    boxes = random_boxes(np.tile((height, width), (10_000, 1)), SCALE, np.random.default_rng(0))
+    boxes = random_boxes(np.tile((height, width), (10_000, 1)), SCALE, BatchRng(0, 10_000))
     torch.manual_seed(0)
     image = torch.empty(3, height, width)
     crop = v2.RandomResizedCrop(224, SCALE, ASPECTS)
@@ -33,7 +33,7 @@ def test_boxes_lie_within_their_images_and_are_spread_as_torchvisions_are():
 
 def test_where_no_box_fits_it_is_as_large_a_part_of_the_middle_as_the_aspect_allows():
     shapes = np.array([(10, 1000), (1000, 10), (8, 8)])
-    boxes = random_boxes(shapes, (1.0, 1.0), np.random.default_rng(0))
+    boxes = random_boxes(shapes, (1.0, 1.0), BatchRng(0, 3))
     assert boxes[0].tolist() == [0, 493, 10, 13]
     assert boxes[1].tolist() == [493, 0, 13, 10]
 
@@ -41,8 +41,8 @@ def test_where_no_box_fits_it_is_as_large_a_part_of_the_middle_as_the_aspect_all
 def test_a_crop_is_resized_as_torchvision_resizes_it():
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (rng.integers(20, 60), rng.integers(20, 60), 3), np.uint8) for _ in range(20)]
-    crops = random_crops(images, 32, SCALE, np.random.default_rng(1))
-    boxes = random_boxes(np.array([image.shape[:2] for image in images]), SCALE, np.random.default_rng(1))
+    crops = random_crops(images, 32, SCALE, BatchRng(1, 20))
+    boxes = random_boxes(np.array([image.shape[:2] for image in images]), SCALE, BatchRng(1, 20))
     for crop, image, (top, left, height, width) in zip(crops, images, boxes.tolist(), strict=True):
         tensor = torch.from_numpy(image).permute(2, 0, 1)
         expected = v2.functional.resized_crop(tensor, top, left, height, width, [32, 32], antialias=True)
@@ -63,7 +63,7 @@ def test_the_middle_is_torchvisions_for_images_of_any_size():
 
 def test_half_of_the_images_are_mirrored_and_the_others_are_as_they_were():
     images = np.random.default_rng(0).integers(0, 256, (1000, 4, 6, 3), np.uint8)
-    batch = mirror_half(images.copy(), np.random.default_rng(1))
+    batch = mirror_half(images.copy(), BatchRng(1, 1000))
     same = (batch == images).all((1, 2, 3))
     assert (batch[~same] == images[~same][:, :, ::-1]).all()
     assert 440 < same.sum() < 560

@@ -1,5 +1,6 @@
 """The scripts in benchmarks/ run, and print what they promise; what they measure is in benchmarks/README.md."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +79,20 @@ def test_a_generators_distance_to_held_out_images_is_measured(small_toy, tmp_pat
     printed = benchmark("sample_quality.py", tmp_path / "tiny_dit.pt", small_toy, "--steps", 2)
     real, samples, _ = (line.split() for line in printed.splitlines())
     assert float(samples[1]) > 2 * float(real[2]), "an untrained generator samples grey"
+
+
+@pytest.mark.slow
+def test_the_fused_optimizer_is_compared_with_the_plain_one():
+    assert re.fullmatch(r"plain \d+ ms, fused \d+ ms a step: [\d.]+x\n", benchmark("adamw.py"))
+
+
+@pytest.mark.slow
+def test_what_saving_costs_is_measured():
+    printed = benchmark("saving.py", "--gigabytes", 0.01, "--rounds", 1)
+    assert [line.split("|")[1].strip() for line in printed.splitlines()[2:]] == ["0.01"]
+
+
+def test_where_there_is_no_gpu_its_benchmark_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is one; `make gpu` runs the benchmark")
+    assert benchmark("gpu.py").startswith("There is no CUDA GPU here: nothing to show.")

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from tinycats import checkpoints, classifier, frames
+from tinycats.augmentation import BatchRng
 from tinycats.decoding import decode
 from tinycats.errors import TransientError, UserError
 
@@ -32,9 +33,9 @@ def test_the_confusion_matrix_counts_labels_by_rows_and_answers_by_columns():
 def test_validation_shows_the_middle_and_training_a_part_and_both_in_bytes():
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (73, 90, 3), np.uint8)
-    (middle,) = classifier.validation_transform(64)([image], rng)
+    (middle,) = classifier.validation_transform(64)([image], BatchRng(0, 1))
     assert (middle == image[4:68, 13:77]).all()
-    (part,) = classifier.training_transform(64)([image], rng)
+    (part,) = classifier.training_transform(64)([image], BatchRng(0, 1))
     assert part.shape == (64, 64, 3)
     assert part.dtype == np.uint8
 

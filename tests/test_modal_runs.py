@@ -85,6 +85,7 @@ def modal_run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
         (["data/cats", "--", "--epochs", "1"], "unrecognized arguments"),
         (["--gpu", "T5"], "--gpu: 'T5': choose from T4, L4"),
         (["--gpu", "A100:9"], "the number of GPUs is 1 to 8"),
+        (["--gpu", "H100:2", "--nodes", "2"], "--nodes needs machines with all of their GPUs, such as --gpu H100:8"),
         (["--timeout", "25"], "--timeout: 25 is out of range: above 0 and at most 24"),
         (["--output-dir", "/tmp"], "on Modal it is outputs"),
         (["--resume", "runs/r/state.pt"], "on Modal it is a run's name"),

@@ -1,6 +1,6 @@
 """From packed images, whatever their sizes, to a batch of one size: crops and mirror images.
 
-What is random comes from a numpy rng of the batch's own, all of its images at once. numpy and a resize are all that is
+What is random comes from an rng of the batch's own, for all of its images at once. numpy and a resize are all that is
 used: torch's other operations on a CPU bring threads of their own, which those of the loader would wait for.
 """
 
@@ -15,9 +15,24 @@ ASPECTS = (3 / 4, 4 / 3)  # width / height of a random crop
 ATTEMPTS = 10
 
 
-def random_crops(
-    images: Sequence[np.ndarray], side: int, scale: tuple[float, float], rng: np.random.Generator
-) -> np.ndarray:
+class BatchRng:
+    """Random numbers for the images of a batch: whoever has a part of it draws what is drawn for the whole, and takes
+    what belongs to that part.
+
+    Args:
+        size: images in the batch.
+        share: which of them are here; all by default.
+    """
+
+    def __init__(self, seed: int, size: int, share: slice | None = None):
+        self._rng, self._size, self._share = np.random.default_rng(seed), size, share or slice(size)
+
+    def uniform(self, low: float = 0.0, high: float = 1.0, rows: tuple[int, ...] = ()) -> np.ndarray:
+        """float64 [*rows, images that are here], in [low, high)."""
+        return self._rng.uniform(low, high, (*rows, self._size))[..., self._share]
+
+
+def random_crops(images: Sequence[np.ndarray], side: int, scale: tuple[float, float], rng: BatchRng) -> np.ndarray:
     """A random part of each image, resized: uint8 [B, side, side, 3] (Szegedy et al., arXiv 1409.4842, section 6, as
     torchvision's RandomResizedCrop).
 
@@ -33,16 +48,15 @@ def random_crops(
     return batch
 
 
-def random_boxes(shapes: np.ndarray, scale: tuple[float, float], rng: np.random.Generator) -> np.ndarray:
+def random_boxes(shapes: np.ndarray, scale: tuple[float, float], rng: BatchRng) -> np.ndarray:
     """Where to crop: int64 [B, 4] of top, left, height, width, within int64 [B, 2] of height, width.
 
     An area is uniform in `scale`, an aspect log-uniform in ASPECTS; of ATTEMPTS the first that fits is taken, and where
     none does, as large a part of the middle as ASPECTS allow.
     """
     heights, widths = shapes[:, 0], shapes[:, 1]
-    count = (ATTEMPTS, len(shapes))
-    areas = rng.uniform(*scale, count) * heights * widths
-    aspects = np.exp(rng.uniform(math.log(ASPECTS[0]), math.log(ASPECTS[1]), count))
+    areas = rng.uniform(*scale, (ATTEMPTS,)) * heights * widths
+    aspects = np.exp(rng.uniform(math.log(ASPECTS[0]), math.log(ASPECTS[1]), (ATTEMPTS,)))
     crop_widths = np.rint(np.sqrt(areas * aspects)).astype(np.int64)
     crop_heights = np.rint(np.sqrt(areas / aspects)).astype(np.int64)
     fits = (crop_widths > 0) & (crop_widths <= widths) & (crop_heights > 0) & (crop_heights <= heights)
@@ -51,7 +65,7 @@ def random_boxes(shapes: np.ndarray, scale: tuple[float, float], rng: np.random.
     # Where none fits, the whole of one side and what it allows of the other.
     height = np.where(fit, crop_heights[first], np.minimum(heights, np.rint(widths / ASPECTS[0]).astype(np.int64)))
     width = np.where(fit, crop_widths[first], np.minimum(widths, np.rint(heights * ASPECTS[1]).astype(np.int64)))
-    places = rng.random((2, len(shapes)))
+    places = rng.uniform(rows=(2,))
     top = np.where(fit, places[0] * (heights - height + 1), (heights - height) // 2).astype(np.int64)
     left = np.where(fit, places[1] * (widths - width + 1), (widths - width) // 2).astype(np.int64)
     return np.stack([top, left, height, width], axis=1)
@@ -69,9 +83,9 @@ def middle_crops(images: Sequence[np.ndarray], side: int, shorter_side: int) -> 
     return batch
 
 
-def mirror_half(batch: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def mirror_half(batch: np.ndarray, rng: BatchRng) -> np.ndarray:
     """The batch, uint8 [B, H, W, 3], in which each image was mirrored, in place, with a probability of a half."""
-    mirrored = rng.random(len(batch)) < 0.5
+    mirrored = rng.uniform() < 0.5
     pixels = batch.view("V3")[..., 0]  # moved as a whole, three times as fast as byte by byte
     pixels[mirrored] = pixels[mirrored, :, ::-1]
     return batch

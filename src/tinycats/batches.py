@@ -1,4 +1,4 @@
-"""Batches as a function of (seed, step): the same ones whatever the number of workers or of interruptions."""
+"""Batches as a function of (seed, step): the same ones whatever the number of workers, interruptions or processes."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -7,8 +7,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from tinycats.augmentation import BatchRng
+from tinycats.errors import UserError
 from tinycats.packed_images import PackedImages
 from tinycats.prefetching import prefetch
+from tinycats.processes import Processes
 from tinycats.shuffling import Shuffle
 
 # What a random number is for. Streams with different purposes must not share numbers.
@@ -18,7 +21,7 @@ PREFETCH = 4  # batches for each worker to prepare ahead of time
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 # From what PackedImages.batch returns, and an rng, to uint8 [B, H, W, 3].
-Transform = Callable[[Any, np.random.Generator], np.ndarray]
+Transform = Callable[[Any, BatchRng], np.ndarray]
 
 
 def seed_for(seed: int, purpose: int, position: int = 0) -> int:
@@ -34,42 +37,74 @@ class Batches(Protocol):
 
 
 class TrainingBatches:
-    """Item k is the batch of step k.
+    """Item k is this process's share of the batch of step k.
 
     An epoch is a shuffle of its own, cut into batches of equal size; what is left over at its end sits out,
     by turns. A batch is at most the whole data set.
+
+    Attributes:
+        batch_size: images in a batch, over all processes.
+        share: which of them are here.
+
+    Raises:
+        UserError: there are more processes than images in a batch.
     """
 
-    def __init__(self, dataset: PackedImages, batch_size: int, transform: Transform, seed: int):
+    def __init__(
+        self,
+        dataset: PackedImages,
+        batch_size: int,
+        transform: Transform,
+        seed: int,
+        processes: Processes = Processes(),  # noqa: B008  it is immutable
+    ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.indices = dataset.indices("train")
         self.batch_size = min(batch_size, len(self.indices))
+        self.share = processes.share(self.batch_size)
+        if self.batch_size < processes.count:
+            raise UserError(f"a batch of {self.batch_size} images is not enough for {processes.count} processes")
         self.steps_per_epoch = len(self.indices) // self.batch_size
 
     def __getitem__(self, step: int) -> Batch:
         epoch, number = divmod(step, self.steps_per_epoch)
-        positions = np.arange(number * self.batch_size, (number + 1) * self.batch_size)
+        positions = np.arange(number * self.batch_size, (number + 1) * self.batch_size)[self.share]
         shuffle = Shuffle(len(self.indices), seed_for(self.seed, SHUFFLING, epoch))
-        rng = np.random.default_rng(seed_for(self.seed, AUGMENTATION, step))
+        rng = BatchRng(seed_for(self.seed, AUGMENTATION, step), self.batch_size, self.share)
         return _batch(self.dataset, self.indices.start + shuffle[positions], self.transform, rng)
 
 
 class ValidationBatches:
-    """The validation images, in order."""
+    """The validation images, in order; of each batch this process's share, which may be empty."""
 
-    def __init__(self, dataset: PackedImages, batch_size: int, transform: Transform):
-        self.dataset, self.transform, self.batch_size = dataset, transform, batch_size
+    def __init__(
+        self,
+        dataset: PackedImages,
+        batch_size: int,
+        transform: Transform,
+        processes: Processes = Processes(),  # noqa: B008  it is immutable
+    ):
+        self.dataset, self.transform, self.batch_size, self.processes = dataset, transform, batch_size, processes
         self.indices = dataset.indices("val")
 
     def __len__(self) -> int:
         return math.ceil(len(self.indices) / self.batch_size)
 
     def __getitem__(self, number: int) -> Batch:
-        chosen = self.indices[number * self.batch_size : (number + 1) * self.batch_size]
-        return _batch(self.dataset, np.array(chosen), self.transform, np.random.default_rng(0))
+        size, share = self.share_of(number)
+        chosen = np.array(self._numbered(number)[share], np.int64)
+        return _batch(self.dataset, chosen, self.transform, BatchRng(0, size, share))
+
+    def share_of(self, number: int) -> tuple[int, slice]:
+        """How many images the batch has, over all processes, and which of them are here."""
+        size = len(self._numbered(number))
+        return size, self.processes.share(size)
+
+    def _numbered(self, number: int) -> range:
+        return self.indices[number * self.batch_size : (number + 1) * self.batch_size]
 
 
-def _batch(dataset: PackedImages, chosen: np.ndarray, transform: Transform, rng: np.random.Generator) -> Batch:
+def _batch(dataset: PackedImages, chosen: np.ndarray, transform: Transform, rng: BatchRng) -> Batch:
     images = torch.from_numpy(transform(dataset.batch(chosen), rng))
     return images.permute(0, 3, 1, 2), torch.from_numpy(dataset.labels[chosen].astype(np.int64))
 

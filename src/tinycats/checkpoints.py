@@ -9,9 +9,9 @@ import io
 import logging
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
-from tinycats.durable_files import DamagedFile, atomic_write, footer, publish_copy, read_whole
+from tinycats.durable_files import DamagedFile, DigestingWriter, atomic_write, publish_copy, read_whole
 from tinycats.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -29,11 +29,10 @@ def save(path: Path, contents: dict[str, Any]) -> None:
     """
     import torch
 
-    buffer = io.BytesIO()
-    torch.save(contents, buffer)
     with atomic_write(path) as file:
-        file.write(buffer.getbuffer())
-        file.write(footer(buffer.getbuffer()))
+        digesting = DigestingWriter(file)
+        torch.save(contents, cast(IO[bytes], digesting))  # all of a file that it uses
+        file.write(digesting.footer())
 
 
 def save_model(path: Path, contents: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from torchvision import models
 
 from tinycats import checkpoints, frames
-from tinycats.augmentation import middle_crops, mirror_half, random_crops
+from tinycats.augmentation import BatchRng, middle_crops, mirror_half, random_crops
 from tinycats.batches import Transform
 from tinycats.decoding import decode
 from tinycats.errors import TransientError, UserError
@@ -44,7 +44,7 @@ def training_transform(image_size: int) -> Transform:
     """A random part of each image, mirrored or not. Colours stay as they are: they are what tells one coat from
     another."""
 
-    def transform(images: Sequence[np.ndarray], rng: np.random.Generator) -> np.ndarray:
+    def transform(images: Sequence[np.ndarray], rng: BatchRng) -> np.ndarray:
         return mirror_half(random_crops(images, image_size, CROP_SCALE, rng), rng)
 
     return transform
@@ -53,7 +53,7 @@ def training_transform(image_size: int) -> Transform:
 def validation_transform(image_size: int) -> Transform:
     """The middle of each image."""
 
-    def transform(images: Sequence[np.ndarray], _rng: np.random.Generator) -> np.ndarray:
+    def transform(images: Sequence[np.ndarray], _rng: BatchRng) -> np.ndarray:
         return middle_crops(images, image_size, frames.to_crop_from(image_size).side)
 
     return transform

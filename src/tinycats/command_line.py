@@ -10,20 +10,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from tinycats import checkpoints, runs
+from tinycats import checkpoints, launcher, processes, runs
 from tinycats.data_dirs import CATS, TOY, is_cats, problem_with
 from tinycats.errors import UserError, looking_at_what_the_user_named, one_line
+from tinycats.gpus import KINDS
 from tinycats.machines import ThisMachine
 from tinycats.signals import Stopped, StopSignals
 
 log = logging.getLogger(__name__)
 
-GPUS = ("T4", "L4", "A10", "A10G", "L40S", "A100", "A100-40GB", "A100-80GB", "H100", "H100!", "H200", "B200")
 MAX_TIMEOUT = 24  # hours; Modal's own limit
 
 # What may differ between a run and its resumption without changing what it computes.
 _ABOUT_THE_RUN = "data_dir output_dir run resume submission given debug"
-_ABOUT_THE_MACHINE = "num_workers gpu timeout save_every"
+_ABOUT_THE_MACHINE = "num_workers device gpu nodes timeout save_every accumulate compile"
 FREE_ON_RESUME = frozenset(f"{_ABOUT_THE_RUN} {_ABOUT_THE_MACHINE}".split())
 
 Options = argparse.Namespace
@@ -80,8 +80,8 @@ def run_name(text: str) -> str:
 def gpu(text: str) -> str:
     """An argparse type: a GPU that Modal rents, `T4`, or several, `A100:2`."""
     kind, _, count = text.upper().partition(":")
-    if kind not in GPUS:
-        raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(GPUS)}; :N for several")
+    if kind not in KINDS:
+        raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(KINDS)}; :N for several")
     if ":" in text and not re.fullmatch("[1-8]", count):
         raise argparse.ArgumentTypeError(f"{text!r}: the number of GPUs is 1 to 8")
     return text.upper()
@@ -102,6 +102,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             formatter_class=_HelpFormatter,
         )
+        self.gpu_default = gpu_default
         self.add_argument(
             "data_dir",
             nargs="?",
@@ -118,7 +119,7 @@ class Parser(argparse.ArgumentParser):
             "--num-workers",
             type=whole_number(0, 256),
             metavar="N",
-            help="threads that prepare batches (default: by the machine)",
+            help="threads that prepare batches, for each GPU (default: by the machine)",
         )
         run.add_argument(
             "--save-every",
@@ -127,9 +128,22 @@ class Parser(argparse.ArgumentParser):
             metavar="MINUTES",
             help="save the checkpoint this often within an epoch",
         )
+        run.add_argument(
+            "--device",
+            choices=("auto", "cpu", "cuda", "mps"),
+            default="auto",
+            help="auto: CUDA's GPUs, all there are, or else the CPU; mps, Apple's, was never tried",
+        )
         run.add_argument("--debug", action="store_true", help="show the traceback of an error")
         modal = self.add_argument_group("Modal only")
         modal.add_argument("--gpu", type=gpu, metavar="GPU[:N]", help=f"what to rent (default: {gpu_default})")
+        modal.add_argument(
+            "--nodes",
+            type=whole_number(1, 64),
+            default=1,
+            metavar="N",
+            help="machines to spread the run over, each with all of its GPUs: --gpu H100:8 --nodes 2",
+        )
         modal.add_argument(
             "--timeout",
             type=number(above=0, at_most=MAX_TIMEOUT),
@@ -158,7 +172,9 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """One line on stderr, and exit 2."""
+        """One line on stderr, of one of the processes that say it, and exit 2."""
+        if processes.here().local_rank:
+            self.exit(2)
         self.exit(2, f"{self.prog}: error: {one_line(message)} (--help lists the options)\n")
 
     def parse(self, arguments: Sequence[str], *, on_modal: bool = False) -> Options:
@@ -176,9 +192,13 @@ class Parser(argparse.ArgumentParser):
         options.given = frozenset(name for name in defaults if getattr(options, name) not in (unset, None))
         for name in defaults.keys() - options.given:
             setattr(options, name, defaults[name])
+        if on_modal and options.gpu is None:
+            options.gpu = self.gpu_default
         if options.data_dir is None:
             options.data_dir = CATS if on_modal or CATS.is_dir() else TOY
         options.submission = None
+        if on_modal and options.nodes > 1 and not (options.gpu or "").endswith(":8"):
+            self.error("--nodes needs machines with all of their GPUs, such as --gpu H100:8")
         if options.run and options.resume:
             self.error("--run names a new run and --resume an old one: give one of them")
         if not on_modal:
@@ -194,7 +214,7 @@ class Parser(argparse.ArgumentParser):
         """Checks of combinations, for a script to add; calls `error`."""
 
     def _check_laptop(self, options: Options) -> None:
-        for name in {"gpu", "timeout"} & options.given:
+        for name in sorted({"gpu", "nodes", "timeout"} & options.given):
             self.error(f"--{name} is for Modal (modal run src/{self.prog} …); here the run uses what the machine has")
         if "data_dir" in options.given and (problem := problem_with(options.data_dir)):
             self.error(problem)
@@ -237,25 +257,40 @@ def description(script: str, options: Options) -> dict:
 
 
 def run_on_this_machine(parser: Parser, train: Callable[[Options, StopSignals, ThisMachine], object]) -> int:
-    """`python src/train.py …`: parse, train, and answer with the exit status; errors are one line on stderr."""
+    """`python src/train.py …`: parse, train, and answer with the exit status; errors are one line on stderr.
+
+    On a machine with several GPUs this process starts one for each, with the same arguments, and they train.
+    """
     options = parser.parse(sys.argv[1:])
     runs.log_to_stdout()
-    if "data_dir" not in options.given and not options.resume:
-        hint = "" if is_cats(options.data_dir) else ". For real cats: bash data/download.sh"
-        log.info("Training on %s%s", options.data_dir, hint)
     with StopSignals() as stop:
         try:
+            gpus = launcher.gpus_here(options.device)
+            if gpus > 1:
+                return launcher.launch(sys.argv, gpus, debug=options.debug)
+            if "data_dir" not in options.given and not options.resume:
+                hint = "" if is_cats(options.data_dir) else ". For real cats: bash data/download.sh"
+                log.info("Training on %s%s", options.data_dir, hint)
             train(options, stop, ThisMachine(parser.prog))
             return 0
         except (Exception, Stopped) as error:
             if options.debug:
                 raise
-            match error:
-                case UserError():
-                    message, status = f"error: {error}", 1
-                case Stopped():
-                    message, status = f"stopped: {error}", error.exit_status
-                case _:
-                    message, status = f"error: {type(error).__name__}: {error} (--debug shows where)", 1
-            print(one_line(message), file=sys.stderr)
+            stop.ignore()
+            message, status = _told(error)
+            if processes.here().is_to_tell(error) and message:
+                print(one_line(message), file=sys.stderr)
             return status
+
+
+def _told(error: BaseException) -> tuple[str, int]:
+    """What the user is told of an error, and the exit status; nothing, if another process tells it."""
+    match error:
+        case UserError():
+            return f"error: {error}", 1
+        case Stopped():
+            return str(error) and f"stopped: {error}", error.exit_status
+        case _ if processes.is_lost_peer(error):
+            return "", processes.LOST_PEER
+        case _:
+            return f"error: {type(error).__name__}: {error} (--debug shows where)", 1

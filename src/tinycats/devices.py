@@ -1,9 +1,14 @@
 """What a run computes on, and in which precision."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
+from tinycats.errors import UserError
+from tinycats.processes import here
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +27,11 @@ class Device:
     scaler: torch.amp.GradScaler
 
     @property
+    def name(self) -> str:
+        """What kind of device it is."""
+        return torch.cuda.get_device_name(self.device) if self.is_gpu else self.device.type
+
+    @property
     def is_gpu(self) -> bool:
         """Whether batches travel to it, from pinned memory."""
         return self.device.type == "cuda"
@@ -30,34 +40,56 @@ class Device:
         """The tensor on this device; from pinned memory without waiting for it to arrive."""
         return tensor.to(self.device, non_blocking=True)
 
-    def over_all_gpus(self, model: torch.nn.Module) -> torch.nn.Module:
-        """The model (which is on this device), its batches split over all GPUs there are."""
-        return torch.nn.DataParallel(model) if self.is_gpu and torch.cuda.device_count() > 1 else model
 
-
-def choose(mixed_precision: bool, *, expects_gpu: bool = False) -> Device:
-    """The GPU if there is one, else the CPU; says what it chose.
+def choose(name: str, mixed_precision: bool, *, expects_gpu: bool = False) -> Device:
+    """The device of that name; `auto` is this process's GPU if there is one, else the CPU. Says what it chose.
 
     Mixed precision (Micikevicius et al., arXiv 1710.03740) is bf16 where the GPU computes in it, and fp16 with
-    a scaled loss where it does not (T4). A CPU computes in float32.
+    a scaled loss where it does not (T4). A CPU and Apple's GPUs compute in float32.
+
+    Raises:
+        UserError: there is no such device here.
     """
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    if expects_gpu and not on_gpu:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device cuda: torch {torch.__version__} finds no such GPU here; --device cpu trains without")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: torch finds no such GPU here (they are Apple's); --device cpu trains without")
+    if name == "mps":
+        log.warning("Training on mps was never tried: please tell us how it went")
+    on_gpu = torch.cuda.is_available() and name in ("auto", "cuda")
+    device = torch.device("mps" if name == "mps" else "cpu")
+    if on_gpu:
+        device = torch.device("cuda", torch.cuda.current_device())
+    if expects_gpu and name == "auto" and not on_gpu:
         log.warning("This machine should have a GPU, but torch %s finds none", torch.__version__)
     mixed = mixed_precision and on_gpu
     # Only what the GPU computes in itself: emulated bf16 is slower than float32.
     dtype = torch.bfloat16 if mixed and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
+    place = torch.cuda.get_device_name() if on_gpu else {"cpu": "the CPU", "mps": "Apple's GPU"}[device.type]
+    processes = here().count
     log.info(
         "Training on %s in %s%s",
-        f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if on_gpu else "the CPU",
+        f"{processes} x {place}" if processes > 1 else place,
         dtype if mixed else torch.float32,
-        " (mixed precision is for GPUs)" if mixed_precision and not on_gpu else "",
+        " (mixed precision is for CUDA's GPUs)" if mixed_precision and not on_gpu else "",
     )
     return Device(
         device,
         torch.autocast(device.type, dtype, enabled=mixed),
         torch.amp.GradScaler(device.type, enabled=mixed and dtype is torch.float16),
     )
+
+
+@contextmanager
+def out_of_memory_is_told(batch_size: int, remedy: str) -> Iterator[None]:
+    """A GPU that has not enough memory for a step.
+
+    Raises:
+        UserError: that is so; with what to do about it.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU has not enough memory for --batch-size {batch_size}; try {remedy}") from error

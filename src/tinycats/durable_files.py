@@ -109,9 +109,48 @@ def publish_folder(partial: Path, path: Path) -> None:
     _sync(path.parent)
 
 
+class DigestingWriter:
+    """Writes to a file, and knows the line to end it with, so that `read_whole` knows whether it is whole.
+
+    torch.save makes an error of its own of whatever is raised while it writes: so that is kept for `footer`.
+    """
+
+    def __init__(self, file: BinaryIO):
+        self._file, self._digest = file, hashlib.sha256()
+        self._problem: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write as the file does; after an error, nothing."""
+        if self._problem is None:
+            try:
+                self._digest.update(data)
+                return self._file.write(data)
+            except OSError as error:
+                self._problem = error
+        return len(data)
+
+    def flush(self) -> None:
+        """Flush as the file does."""
+        self._file.flush()
+
+    def footer(self) -> bytes:
+        """The line that ends what was written.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._problem is not None:
+            raise self._problem
+        return _footer(self._digest)
+
+
 def footer(payload: bytes | memoryview) -> bytes:
     """The line that ends a file which holds `payload`, so that `read_whole` knows whether it is whole."""
-    return _FOOTER + hashlib.sha256(payload).hexdigest().encode() + b"\n"
+    return _footer(hashlib.sha256(payload))
+
+
+def _footer(digest: "hashlib._Hash") -> bytes:
+    return _FOOTER + digest.hexdigest().encode() + b"\n"
 
 
 def read_whole(path: Path) -> memoryview:

@@ -36,13 +36,10 @@ def sample_timesteps(count: int, generator: torch.Generator, *, mean: float = -0
     return torch.sigmoid(mean + std * torch.randn(count, generator=generator))
 
 
-def drop_classes(
-    classes: torch.Tensor, null_class: int, probability: float, generator: torch.Generator
-) -> torch.Tensor:
-    """int64 [B] with each class replaced by the null class with that probability (Ho and Salimans, arXiv
-    2207.12598)."""
-    dropped = torch.rand(len(classes), generator=generator) < probability
-    return torch.where(dropped, null_class, classes)
+def dropped_classes(count: int, probability: float, generator: torch.Generator) -> torch.Tensor:
+    """bool [count]: of which images the null class replaces the class, each with that probability (Ho and Salimans,
+    arXiv 2207.12598)."""
+    return torch.rand(count, generator=generator) < probability
 
 
 def flow_matching_loss(

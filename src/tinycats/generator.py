@@ -7,14 +7,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torchvision.utils import make_grid
 
 from tinycats import checkpoints
-from tinycats.augmentation import mirror_half
+from tinycats.augmentation import BatchRng, mirror_half
 from tinycats.batches import SAMPLING, seed_for
 from tinycats.dit import TinyDiT
 from tinycats.errors import UserError
 from tinycats.flow_matching import sample
+from tinycats.processes import Processes
 
 # A grid of samples: a row a class. Each image takes two evaluations of the model a step, four with guidance.
 COLUMNS = 8
@@ -23,12 +23,12 @@ COLUMNS = 8
 BETA2 = 0.95
 
 
-def training_transform(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def training_transform(images: np.ndarray, rng: BatchRng) -> np.ndarray:
     """Square images, uint8 [B, S, S, 3], mirrored or not."""
     return mirror_half(images, rng)
 
 
-def validation_transform(images: np.ndarray, _rng: np.random.Generator) -> np.ndarray:
+def validation_transform(images: np.ndarray, _rng: BatchRng) -> np.ndarray:
     """Square images as they are."""
     return images
 
@@ -55,22 +55,33 @@ def starting_noise(count: int, image_size: int, seed: int) -> torch.Tensor:
 
 
 def sample_grid(
-    model: torch.nn.Module, num_classes: int, image_size: int, guidance_scale: float, steps: int
-) -> torch.Tensor:
-    """uint8 [3, H, W]: a row a class, a column a noise, and always the same noise.
+    model: torch.nn.Module,
+    num_classes: int,
+    image_size: int,
+    guidance_scale: float,
+    steps: int,
+    processes: Processes = Processes(),  # noqa: B008  it is immutable
+) -> torch.Tensor | None:
+    """uint8 [3, H, W]: a row a class, a column a noise, and always the same noise; in process 0 alone.
 
     Args:
         model: TinyDiT or its EMA, on any device.
         steps: as of `sample`.
+        processes: each samples some of the rows.
     """
     device = next(model.parameters()).device
     noise = starting_noise(COLUMNS, image_size, seed=0).to(device)
     rows = []
-    for label in range(num_classes):
+    for label in range(num_classes)[processes.share(num_classes)]:
         classes = torch.full((COLUMNS,), label, device=device)
         samples = sample(model, noise, classes, num_classes, steps=steps, guidance_scale=guidance_scale)
         rows.append(to_bytes(samples).cpu())
-    return make_grid(torch.cat(rows), nrow=COLUMNS, padding=2, pad_value=255)
+    from torchvision.utils import make_grid  # takes two seconds to import, which need not pass before training
+
+    shares = processes.gather(rows)
+    if shares is None:
+        return None
+    return make_grid(torch.cat([row for share in shares for row in share]), nrow=COLUMNS, padding=2, pad_value=255)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,10 @@ class ThisMachine:
         except Timeout:
             raise UserError(f"another process is training {run}") from None
 
+    def compiled_code(self, _device: str) -> Path | None:
+        """Where compiled code for that kind of device is kept for other machines; None: torch keeps it on this one."""
+        return None
+
     def persist(self) -> None:
         """Make durable what has been written; here it is already."""
 

@@ -28,6 +28,7 @@ from tinycats.command_line import Options, Parser, resumed_options, run_name
 from tinycats.data_dirs import is_cats, is_toy
 from tinycats.errors import TransientError, UserError, looking_at_what_the_user_named, one_line
 from tinycats.frames import Frame
+from tinycats.gpus import Rental
 from tinycats.image_folders import scan
 from tinycats.machines import ThisMachine
 from tinycats.signals import StopSignals
@@ -53,15 +54,13 @@ IMAGE = (
     .add_local_python_source("tinycats")
 )
 
-CPU = 8.0  # cores: what it takes to keep a GPU in images
-CONTAINER: dict[str, Any] = {  # of either function; the one that trains has a GPU too
+_CONTAINER: dict[str, Any] = {  # of either function
     "image": IMAGE,
-    "cpu": CPU,
-    "memory": 16 * 1024,  # MiB
     "volumes": VOLUMES,
     "retries": modal.Retries(max_retries=10, initial_delay=1.0, backoff_coefficient=2.0, max_delay=60.0),
     "single_use_containers": True,
 }
+WITHOUT_GPU: dict[str, Any] = _CONTAINER | {"cpu": 8.0, "memory": 16 * 1024}  # MiB; images are decoded on every core
 # Which call trains what was submitted: a call that was made twice, by a container that died in making it or by a client
 # whose network did, is found out by the second, which has then cost seconds.
 CLAIMS = modal.Dict.from_name("cats-claims", create_if_missing=True)
@@ -70,6 +69,17 @@ SCRATCH = Path(tempfile.gettempdir(), "tinycats")  # the container's own disk
 COMMIT_ATTEMPTS = 6
 MAX_PREPARATIONS = 3  # of the images of one run: whoever finds them damaged has them prepared again
 PATIENCE = 600  # seconds that the laptop waits for a control plane that does not answer
+
+
+def with_gpu(gpu: str) -> dict[str, Any]:
+    """What the function that trains asks of Modal, for that GPU or those GPUs."""
+    rental = Rental.parse(gpu)
+    return _CONTAINER | {"gpu": gpu, "cpu": float(rental.cores), "memory": 1024 * rental.gib}
+
+
+def on_nodes(count: int) -> Callable[[Callable], Any]:
+    """Decorates a function that is to run in so many containers at the same time."""
+    return modal.clustered(size=count, rdma=True) if count > 1 else lambda function: function
 
 
 # --- on the laptop ---------------------------------------------------------------------------------------------
@@ -176,11 +186,18 @@ def submit(
         "run": name,
         "submission": secrets.token_hex(8),
         "data_dir": str(data_dir),
+        "nodes": options.nodes,
         "frame": asdict(frame),
         "packed": str(packed) if packed else None,
     }
-    resume = Container(parser.prog).how_to_resume(runs.folder_of(output_path(options), name))
+    resume = Container(parser.prog, options.gpu).how_to_resume(runs.folder_of(output_path(options), name))
     log.info("Submitting the run %s. If it is cut short: %s", name, resume)
+    rental = Rental.parse(options.gpu)
+    log.info(
+        "Renting %s%s with %d cores and %d GiB of memory: about $%.2f an hour while it trains",
+        *(f"{options.nodes} times " if options.nodes > 1 else "", options.gpu, rental.cores, rental.gib),
+        options.nodes * rental.dollars_an_hour,
+    )
     is_ready = packed or is_toy(options.data_dir)
     try:
         outcome = _follow((train if is_ready else prepare).spawn(payload))
@@ -320,16 +337,19 @@ class Container(ThisMachine):
     """A container with the two volumes mounted, for training.
 
     Args:
+        gpu: what it was rented with.
         packed: where the packed images lie in the dataset volume; at once they begin to be copied.
     """
 
-    def __init__(self, script: str, packed: Path | None = None):
+    def __init__(self, script: str, gpu: str, packed: Path | None = None):
         super().__init__(script)
+        self.has_written = False  # of a cluster's containers one does
+        self._cores = Rental.parse(gpu).cores
         self._copy: Future[PackedImages] | None = None
         if packed:
             # While torch is imported: either takes seconds.
             pool = ThreadPoolExecutor(1)
-            self._copy = pool.submit(_copy, packed)
+            self._copy = pool.submit(_copy, packed, self._cores)
             pool.shutdown(wait=False)
 
     def open_dataset(self, data_dir: Path, frame: Frame, output_dir: Path) -> "PackedImages":
@@ -354,9 +374,16 @@ class Container(ThisMachine):
             raise NotPrepared(frame, f"{images.folder} holds images of {images.frame.name}, not of {frame.name}")
         return images
 
+    def compiled_code(self, device: str) -> Path | None:
+        """A file in the outputs volume: compiling takes a minute, and the next container is a new one."""
+        import torch
+
+        kind = "".join(letter if letter.isalnum() else "-" for letter in f"{torch.__version__} {device}")
+        return Path(OUTPUTS_MOUNT, ".compiled", kind)
+
     def num_workers(self, on_gpu: bool) -> int:
         """One for each core that the function asks for (the host may have more, which are others')."""
-        return min(int(CPU), os.cpu_count() or 1)
+        return min(self._cores, os.cpu_count() or 1)
 
     def lock(self, _run: Path) -> AbstractContextManager[object]:
         """None: locks do not reach other containers, and a volume cannot be committed while a file on it is open."""
@@ -364,6 +391,7 @@ class Container(ThisMachine):
 
     def persist(self) -> None:
         """Commit the outputs: what the log calls saved can be fetched, and survives this container."""
+        self.has_written = True
         _commit(OUTPUTS)
 
     expects_gpu = True
@@ -396,11 +424,11 @@ def _commit(volume: modal.Volume) -> None:
     raise TransientError(f"the volume cannot be committed: {problem}")
 
 
-def _copy(packed: Path) -> "PackedImages":
+def _copy(packed: Path, streams: int) -> "PackedImages":
     from tinycats.packed_images import copy_packed
 
     began = time.monotonic()
-    images = copy_packed(packed, SCRATCH / packed.parent.name / packed.name, streams=int(CPU))
+    images = copy_packed(packed, SCRATCH / packed.parent.name / packed.name, streams)
     megabytes = sum(file.stat().st_size for file in images.folder.iterdir()) / 1e6
     log.info("Copied the packed images to the container's disk: %.0f MB in %.1f s", megabytes, time.monotonic() - began)
     return images
@@ -474,16 +502,25 @@ def train_in_container(
         Stopped: preempted, with the checkpoint saved; a KeyboardInterrupt makes Modal start the same input again.
         Exception: whatever else went wrong; Modal tries again, as the function's retries say.
     """
+    from tinycats import modal_processes  # which is built on this
+
     preparations = payload.get("preparations", 0)
     if other := _other_call(f"{payload['submission']} {preparations}"):
         return {"goes_on_in": other}
-    options = _options(parser, payload)
+    options = options_of(parser, payload)
+    runs.log_to_stdout()
     for volume in (OUTPUTS, DATASET):
         volume.reload()  # a container may have been started before the one that it replaces made its last commit
+    container = Container(parser.prog, options.gpu, payload.get("packed") and Path(payload["packed"]))
     try:
+        count = _processes(options)
+        if count * options.nodes > 1:
+            return modal_processes.train_in_processes(train, count, container, payload)
         with StopSignals() as stop:
-            return train(options, stop, Container(parser.prog, payload.get("packed") and Path(payload["packed"])))
+            return train(options, stop, container)
     except NotPrepared as reason:
+        if not modal_processes.is_first_of_cluster(payload):
+            return {}
         if preparations == MAX_PREPARATIONS:
             return {"error": f"{reason}, although it was prepared {preparations} times"}
         log.warning("%s: preparing it%s", reason, " again" if payload.get("packed") else "")
@@ -496,16 +533,29 @@ def train_in_container(
         return {"error": str(error)}
     finally:
         # Before the laptop hears of the end: whoever reads that the run is over finds its files, its log above all.
-        _commit(OUTPUTS)
+        if options.nodes == 1 or container.has_written:
+            _commit(OUTPUTS)
 
 
-def _options(parser: Parser, payload: dict[str, Any]) -> Options:
+def options_of(parser: Parser, payload: dict[str, Any]) -> Options:
+    """The options of the run that was submitted, as they are in a container."""
     options = parser.parse(payload["arguments"], on_modal=True)
     options.output_dir = Path(output_path(options))
     options.run, options.submission = payload["run"], payload["submission"]
     options.data_dir = Path(payload["data_dir"])
-    runs.log_to_stdout()
     return options
+
+
+def _processes(options: Options) -> int:
+    """How many processes train in this container: one a GPU."""
+    if count := os.environ.get("TINYCATS_PROCESSES"):  # tests have no GPUs, and few cores
+        return int(count)
+    rented = Rental.parse(options.gpu).count
+    if rented == 1 or options.device == "cpu":
+        return 1
+    import torch
+
+    return torch.cuda.device_count() or rented
 
 
 def _other_call(claim: str) -> str | None:

@@ -15,7 +15,7 @@ def adamw(model: torch.nn.Module, lr: float, weight_decay: float, beta2: float =
         {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=lr, betas=(0.9, beta2), fused=parameters[0].is_cuda or None)
+    return AdamW(groups, lr=lr, betas=(0.9, beta2), fused=parameters[0].device.type in ("cpu", "cuda"))
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:

@@ -1,13 +1,14 @@
-"""A run's folder, `<output-dir>/runs/<run>/`: its name, its lock, its logs and its metrics."""
+"""A run's folder, `<output-dir>/runs/<run>/`: its name, its lock, its logs, its metrics and its checkpoints."""
 
 import argparse
 import json
 import logging
 import secrets
+import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,10 +16,13 @@ from tinycats import checkpoints
 from tinycats.durable_files import atomic_write
 from tinycats.errors import UserError
 from tinycats.machines import ThisMachine
+from tinycats.processes import Processes, here
 from tinycats.signals import Stopped, StopSignals
 
 if TYPE_CHECKING:
     import torch
+
+    from tinycats.saving import Writer
 
 log = logging.getLogger(__name__)
 
@@ -110,8 +114,8 @@ def starting_point(options: argparse.Namespace, script: str) -> tuple[Path, dict
 
 
 def log_to_stdout() -> None:
-    """Send the program's log to stdout, a line a message; errors are for stderr and not logged."""
-    handler = logging.StreamHandler(sys.stdout)
+    """Send the program's log to stdout, a line a message, in process 0; errors are for stderr and not logged."""
+    handler: logging.Handler = logging.StreamHandler(sys.stdout) if here().is_main else logging.NullHandler()
     handler.setFormatter(LOG_FORMAT)
     root = logging.getLogger("tinycats")
     root.handlers[:] = [handler]
@@ -123,7 +127,8 @@ def log_to_stdout() -> None:
 class Run:
     """An open run: keeps its checkpoint, its `metrics.jsonl` and its TensorBoard events; from `open_run`.
 
-    No file of the folder stays open while the checkpoint is made durable: Modal's volumes want it so.
+    Each process of a run has one, and process 0's alone writes. No file of the folder stays open between two rows:
+    Modal's volumes want it so.
 
     Attributes:
         folder: the run's folder; its name is what `--resume` calls the run.
@@ -139,6 +144,8 @@ class Run:
         stop: StopSignals,
         machine: ThisMachine,
         save_every: float,
+        processes: Processes,
+        writer: "Writer",
     ):
         from tinycats.event_file import EventFile  # needs torch
 
@@ -148,71 +155,123 @@ class Run:
         self._machine = machine
         self._save_every = 60 * save_every
         self._saved_at = time.monotonic()
-        with atomic_write(folder / "metrics.jsonl") as file:
-            file.writelines(_json_line(row) for row in metrics)
-        self._events = EventFile(folder, step)
+        self._processes = processes
+        self._saved_step = 0
+        self._writer = writer
+        if processes.is_main:
+            with atomic_write(folder / "metrics.jsonl") as file:
+                file.writelines(_json_line(row) for row in metrics)
+            self._events = EventFile(folder, step)
 
     def record(self, row: dict[str, Any]) -> None:
         """Add a row: a `step`, and numbers or dicts of numbers, none of which depends on the clock.
 
         Raises:
-            UserError: the disk is full.
+            UserError: the disk is full; of this row, or of what was given to be written before.
         """
         self.metrics.append(row)
-        try:
-            with (self.folder / "metrics.jsonl").open("ab") as file:
-                file.write(_json_line(row))
+        if self._processes.is_main:
+            self._writer.write(self._write_row, dict(row))
+
+    def image(self, name: str, image: "torch.Tensor | None", step: int) -> None:
+        """Keep an image, uint8 [3, H, W] (None but in process 0), as `<name>/step_NNNNNNN.png` and in TensorBoard.
+
+        Raises:
+            UserError: as of `record`.
+        """
+        if image is not None:
+            self._writer.write(self._write_image, name, image, step)
+
+    def _write_row(self, row: dict[str, Any]) -> None:
+        with self._full_disk_is_told(), (self.folder / "metrics.jsonl").open("ab") as file:
+            file.write(_json_line(row))
+        with self._full_disk_is_told():
             for key, value in row.items():
                 if isinstance(value, dict):
                     for name, part in value.items():
                         self._events.add_scalar(f"{key}/{name}", part, row["step"])
                 elif key not in ("step", "epoch"):
                     self._events.add_scalar(key, value, row["step"])
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {self.folder}: {error.strerror}; the saved checkpoint is untouched"
-            ) from error
 
-    def image(self, name: str, image: "torch.Tensor", step: int) -> None:
-        """Keep an image, uint8 [3, H, W], as `<name>/step_NNNNNNN.png` and in TensorBoard.
-
-        Raises:
-            UserError: the disk is full.
-        """
+    def _write_image(self, name: str, image: "torch.Tensor", step: int) -> None:
         from PIL import Image
 
-        try:
+        with self._full_disk_is_told():
             path = self.folder / name / f"step_{step:07}.png"
             path.parent.mkdir(exist_ok=True)
             with atomic_write(path) as file:
                 Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "png")
             self._events.add_image(name, image, step)
+
+    @contextmanager
+    def _full_disk_is_told(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise UserError(
                 f"cannot write to {self.folder}: {error.strerror}; the saved checkpoint is untouched"
             ) from error
 
-    @property
-    def save_due(self) -> bool:
-        """Whether it is time to save: the clock says so, or the run was asked to stop."""
-        return self._stop.requested is not None or time.monotonic() - self._saved_at > self._save_every
+    def is_to_stop(self) -> bool:
+        """Whether any of the processes was asked to stop; all of them have to ask at the same step."""
+        (signum,) = self._processes.agree(self._stop.requested or 0)
+        return self._is_told_to_stop(signum)
 
-    def save(self, checkpoint: dict[str, Any]) -> None:
-        """Save the checkpoint, durably; and leave, if the run was asked to stop.
+    def save_due(self) -> bool:
+        """Whether it is time to save: the clock says so, or the run was asked to stop; as `is_to_stop`."""
+        self._writer.check()
+        by_clock = time.monotonic() - self._saved_at > self._save_every and not self._writer.is_saving
+        if self._processes.is_orphan and self._stop.requested is None:
+            self._stop.requested = signal.SIGTERM
+        signum, is_due = self._processes.agree(self._stop.requested or 0, self._processes.is_main and by_clock)
+        return self._is_told_to_stop(signum) or bool(is_due)
+
+    def _is_told_to_stop(self, signum: int) -> bool:
+        if signum:  # else it is left alone: a signal may have come since it was looked at
+            self._stop.requested = signum
+        return signum > 0
+
+    def save(self, checkpoint: Callable[[], dict[str, Any]]) -> None:
+        """Save the checkpoint, while training goes on; and leave, if the run was asked to stop, when it is durable.
+
+        Args:
+            checkpoint: called in process 0 alone.
 
         Raises:
-            UserError: the disk is full; the checkpoint saved before is untouched.
+            UserError: the disk is full; the checkpoint saved before is untouched. Or that befell the one before.
             Stopped: a stop signal came.
         """
+        if self._processes.is_main:
+            contents = checkpoint()
+            self._writer.save(self._make_durable, contents)
+            self._saved_at, self._saved_step = time.monotonic(), contents["step"]
+        self._leave_if_asked_to()
+
+    def wait_until_saved(self) -> None:
+        """Until the last checkpoint is durable, and all else is written.
+
+        Raises:
+            UserError: that cannot be; the checkpoint before it is untouched.
+            Stopped: a stop signal came meanwhile.
+        """
+        self._writer.wait()
+        self._processes.wait()
+        self._leave_if_asked_to()
+
+    def _leave_if_asked_to(self) -> None:
+        if not self.is_to_stop():
+            return
+        self._writer.wait()
+        (step,) = self._processes.agree(self._saved_step)  # and all of them have come here
+        log.info("Saved at step %d, and stopping", step)
+        self._stop.ignore()  # torch's launcher signals those that are slow to end once more
+        resume = self._machine.how_to_resume(self.folder)
+        assert self._stop.requested is not None
+        raise Stopped(self._stop.requested, f"the run is saved at step {step}; go on with it: {resume}")
+
+    def _make_durable(self, checkpoint: dict[str, Any]) -> None:
         checkpoints.save_checkpoint(self.folder, checkpoint)
         self._machine.persist()
-        self._saved_at = time.monotonic()
-        if self._stop.requested is not None:
-            log.info("Saved at step %d, and stopping", checkpoint["step"])
-            resume = self._machine.how_to_resume(self.folder)
-            raise Stopped(
-                self._stop.requested, f"the run is saved at step {checkpoint['step']}; go on with it: {resume}"
-            )
 
 
 @contextmanager
@@ -224,6 +283,7 @@ def open_run(
     stop: StopSignals,
     machine: ThisMachine,
     save_every: float,
+    processes: Processes = Processes(),  # noqa: B008  it is immutable
 ) -> Iterator[Run]:
     """Open the run in `folder` for training on from `step`, with the program's log going to `train.log` too.
 
@@ -238,21 +298,41 @@ def open_run(
     """
     from tqdm.contrib.logging import logging_redirect_tqdm
 
+    from tinycats.saving import LogFile, Writer
+
     program = logging.getLogger("tinycats")
-    with ExitStack() as stack:
+
+    def opened(stack: ExitStack) -> tuple[Run, logging.Handler]:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(machine.lock(folder))
-            file_log = stack.enter_context(_log_to_file(program, folder / "train.log"))
-            with atomic_write(folder / DESCRIPTION) as file:
-                file.write(_json_line(description))
-            run = Run(folder, metrics, step, stop, machine, save_every)
+            file_log: logging.Handler = logging.NullHandler()
+            writer = Writer()
+            if processes.is_main:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(machine.lock(folder))
+                (folder / "train.log").touch()
+                file_log = LogFile(folder / "train.log", writer)
+                file_log.setFormatter(LOG_FORMAT)
+                program.addHandler(file_log)
+                stack.callback(program.removeHandler, file_log)
+                with atomic_write(folder / DESCRIPTION) as file:
+                    file.write(_json_line(description))
+            return Run(folder, metrics, step, stop, machine, save_every, processes, writer), file_log
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror}") from error
-        stack.enter_context(logging_redirect_tqdm([program]))
+
+    with ExitStack() as stack:
+        run, file_log = processes.together(lambda: opened(stack))
+        if processes.is_main:
+            stack.enter_context(logging_redirect_tqdm([program]))
         try:
             with stop.deferred():
-                yield run
+                try:
+                    with closing(run._writer):
+                        yield run
+                        run._writer.wait()
+                except BaseException:
+                    stop.ignore()  # there is nothing to stop any more, but something to be said
+                    raise
         except BaseException as error:
             # Its user reads this on stderr; the file should say it too, and where an unexpected error arose.
             expected = isinstance(error, (UserError, KeyboardInterrupt))
@@ -260,33 +340,6 @@ def open_run(
             text = f"Ended by {type(error).__name__}: {error}"
             file_log.handle(logging.LogRecord(log.name, logging.ERROR, __file__, 0, text, None, trace))
             raise
-
-
-class _LogFile(logging.Handler):
-    """Appends to a file that it opens for each line, for the reason given above."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.path = path
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(self.format(record) + "\n")
-        except OSError:
-            self.handleError(record)
-
-
-@contextmanager
-def _log_to_file(program: logging.Logger, path: Path) -> Iterator[logging.Handler]:
-    path.touch()
-    handler = _LogFile(path)
-    handler.setFormatter(LOG_FORMAT)
-    program.addHandler(handler)
-    try:
-        yield handler
-    finally:
-        program.removeHandler(handler)
 
 
 def _json_line(row: dict[str, Any]) -> bytes:

@@ -61,6 +61,11 @@ class StopSignals:
         finally:
             self._deferring = False
 
+    def ignore(self) -> None:
+        """Let no further signal disturb what is left to do; until the end."""
+        for signum in self._previous:
+            signal.signal(signum, signal.SIG_IGN)
+
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         if self._deferring and self.requested is None:
             self.requested = signum

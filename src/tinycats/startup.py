@@ -1,4 +1,4 @@
-"""Where the seconds before a run's first step go: on a rented GPU they cost as much as training."""
+"""Where a run's seconds go: on a rented GPU those before its first step cost as much as training."""
 
 import logging
 import os
@@ -19,7 +19,8 @@ class Startup:
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
-        self._since = _process_began_at()
+        self._since = self._began = _process_began_at()
+        self._trained = 0.0
         self.ended("start")
 
     def ended(self, phase: str) -> None:
@@ -36,6 +37,21 @@ class Startup:
             phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self._seconds.items())
             log.info("%.1f seconds until the first step was done: %s", sum(self._seconds.values()), phases)
             self._seconds.clear()
+
+    def trained(self, seconds: float) -> None:
+        """Count seconds that were spent on steps."""
+        self._trained += seconds
+
+    def log_totals(self) -> None:
+        """Say how long this process has run, and how much of that it trained; and how full the GPU was."""
+        import torch
+
+        if torch.cuda.is_available():
+            log.info("%.1f GiB of GPU memory at the peak", torch.cuda.max_memory_allocated() / 2**30)
+        total = time.monotonic() - self._began
+        log.info(
+            "%.0f seconds in all, %.0f of them training (%.0f%%)", total, self._trained, 100 * self._trained / total
+        )
 
 
 def _process_began_at() -> float:

@@ -1,0 +1,116 @@
+"""One attempt at a run: what every script begins with, before there is a model to train."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tinycats import command_line, devices, runs
+from tinycats import processes as run_processes
+from tinycats.command_line import Options
+from tinycats.devices import Device
+from tinycats.errors import UserError
+from tinycats.frames import Frame
+from tinycats.machines import ThisMachine
+from tinycats.packed_images import PackedImages
+from tinycats.processes import Processes
+from tinycats.signals import StopSignals
+from tinycats.startup import Startup
+
+
+class Part(Protocol):
+    """Something that changes while training, and whose state a checkpoint keeps."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What is known when the images are there; the same in each process of the run.
+
+    Attributes:
+        folder: the run's.
+        options: the command's, or those of the run that goes on.
+        checkpoint: what to go on from; None for a new run.
+        dataset: the images, packed.
+        num_workers: loader threads for this process.
+    """
+
+    script: str
+    folder: Path
+    options: Options
+    checkpoint: dict[str, Any] | None
+    dataset: PackedImages
+    device: Device
+    processes: Processes
+    startup: Startup
+    num_workers: int
+    stop: StopSignals
+    machine: ThisMachine
+
+    def restore(self, parts: dict[str, Part]) -> None:
+        """Give each part the state that it has in the checkpoint, if there is one."""
+        if self.checkpoint:
+            for name, part in parts.items():
+                part.load_state_dict(self.checkpoint[name])
+
+    def checkpoint_of(self, step: int, metrics: list[dict], parts: dict[str, Part], **rest: Any) -> dict[str, Any]:
+        """All that going on takes: what the run is, and everything that has changed since it began."""
+        return {
+            **self._description,
+            "submission": self.options.submission,
+            "data": self.dataset.content,
+            "step": step,
+            "metrics": metrics,
+            **{name: part.state_dict() for name, part in parts.items()},
+            **rest,
+        }
+
+    def open_run(self, metrics: list[dict[str, Any]], step: int) -> AbstractContextManager[runs.Run]:
+        """The run's folder, opened for training on from `step`; see `runs.open_run`."""
+        every = self.options.save_every
+        return runs.open_run(
+            self.folder, self._description, metrics, step, self.stop, self.machine, every, self.processes
+        )
+
+    @property
+    def _description(self) -> dict[str, Any]:
+        return command_line.description(self.script, self.options)
+
+
+@contextmanager
+def attempt(
+    script: str,
+    options: Options,
+    frame_of: Callable[[Options], Frame],
+    stop: StopSignals,
+    machine: ThisMachine,
+    startup: Startup,
+) -> Iterator[Attempt]:
+    """Find the checkpoint to go on from, open the images, choose the device; in all processes of the run.
+
+    Raises:
+        UserError: no such run to resume, or it cannot go on with these options or images; the images are of no use.
+    """
+    with run_processes.joined() as processes:
+        folder, checkpoint = processes.from_main(lambda: runs.starting_point(options, script))
+        if checkpoint:
+            options = command_line.resumed_options(options, checkpoint["options"])
+        device = devices.choose(options.device, options.mixed_precision, expects_gpu=machine.expects_gpu)
+        startup.ended("imports")
+
+        # Decoded once, and cut into the same batches whatever happens on the way.
+        frame = frame_of(options)
+        dataset = processes.together(lambda: machine.open_dataset(options.data_dir, frame, options.output_dir))
+        if checkpoint and checkpoint["data"] != dataset.content:
+            raise UserError(f"{options.data_dir} does not hold the images that this run was trained on so far")
+        startup.ended("images")
+
+        workers = options.num_workers
+        if workers is None:
+            workers = machine.num_workers(device.is_gpu)
+            workers = max(1, workers // processes.local_count) if workers else 0
+        yield Attempt(script, folder, options, checkpoint, dataset, device, processes, startup, workers, stop, machine)

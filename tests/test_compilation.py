@@ -1,0 +1,57 @@
+"""torch.compile where it works, and one line where it does not."""
+
+import pytest
+import torch
+
+from tinycats import devices
+from tinycats.compilation import compile_if_possible
+from tinycats.dit import TinyDiT
+from tinycats.runs import log_to_stdout
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = TinyDiT(3, image_size=8, patch_size=4, dim=16, depth=1, heads=1)
+    torch.nn.init.normal_(model.final_layer.linear.weight)
+    yield model
+    torch.compiler.reset()
+
+
+def outputs(model: TinyDiT) -> torch.Tensor:
+    rng = torch.Generator().manual_seed(0)
+    images, timesteps = torch.randn(2, 3, 8, 8, generator=rng), torch.rand(2, generator=rng)
+    return model(images, timesteps, torch.tensor([0, 3]))
+
+
+@pytest.mark.slow
+def test_a_compiled_model_computes_the_same_and_what_was_compiled_is_kept(model, tmp_path, capsys):
+    log_to_stdout()
+    expected, state = outputs(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    cache = tmp_path / "volume" / "compiled"
+    device = devices.choose("cpu", mixed_precision=False)
+    assert compile_if_possible(model, device, 2, cache)
+    assert torch.allclose(outputs(model), expected, atol=1e-5)
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items()), "nothing is trained"
+    assert all(parameter.grad is None for parameter in model.parameters())
+    whole = cache.read_bytes()
+    assert len(whole) > 1000
+
+    cache.write_bytes(whole[:-9])
+    del model.forward
+    assert compile_if_possible(model, device, 2, cache)
+    assert "Compiling from scratch: " in capsys.readouterr().out
+
+
+def test_where_compiling_fails_the_run_goes_on_without_and_says_so(model, capsys, monkeypatch):
+    log_to_stdout()
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/such/compiler"))
+    expected = outputs(model)
+    assert not compile_if_possible(model, devices.choose("cpu", mixed_precision=False), 2, None)
+    output = capsys.readouterr().out
+    assert "Training without torch.compile, which failed with InductorError: " in output
+    assert output.count("\n") == 2
+    assert torch.equal(outputs(model), expected)

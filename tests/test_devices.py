@@ -1,0 +1,30 @@
+"""What a run computes on."""
+
+import pytest
+import torch
+
+from tinycats import devices
+from tinycats.errors import UserError
+
+
+def test_a_device_that_is_not_there_is_one_line():
+    for name in ("cuda", "mps"):
+        if getattr(torch, name).is_available():
+            continue
+        with pytest.raises(UserError, match=rf"--device {name}: .*--device cpu trains without"):
+            devices.choose(name, mixed_precision=True)
+
+
+def test_a_cpu_computes_in_single_precision():
+    device = devices.choose("cpu", mixed_precision=True)
+    with device.autocast:
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    assert not device.is_gpu and not device.scaler.is_enabled()
+
+
+def test_too_little_memory_is_one_line_that_says_what_to_do():
+    with (
+        pytest.raises(UserError, match=r"the GPU has not enough memory for --batch-size 64; try --accumulate 2"),
+        devices.out_of_memory_is_told(64, "--accumulate 2"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …")
