@@ -1,6 +1,7 @@
 """A run's folder: what is open in it, and who may train there."""
 
 import logging
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -12,8 +13,9 @@ from tinycats import checkpoints
 from tinycats.errors import UserError
 from tinycats.machines import ThisMachine
 from tinycats.modal_runs import Container
+from tinycats.processes import Processes
 from tinycats.runs import open_run
-from tinycats.signals import StopSignals
+from tinycats.signals import Stopped, StopSignals
 
 
 def open_below(folder: Path) -> list[Path]:
@@ -84,3 +86,26 @@ def test_a_lock_leaves_nothing_outside_its_run_and_follows_no_link(tmp_path, mon
     ):
         pass
     assert (tmp_path / "precious").read_text() == "kept"
+
+
+def test_a_signal_that_arrives_while_the_processes_agree_is_not_forgotten(tmp_path):
+    """It counts at the next step.
+
+    Seen to fail with `self._stop.requested = signum or None` in Run._is_told_to_stop.
+    """
+    stop = StopSignals()
+
+    class SignalledMeanwhile(Processes):
+        def agree(self, *values: int) -> list[int]:
+            stop.requested = signal.SIGTERM
+            return list(values)
+
+    with (
+        pytest.raises(Stopped),
+        open_run(
+            tmp_path / "r", {}, [], 0, stop, ThisMachine("train.py"), save_every=5, processes=SignalledMeanwhile()
+        ) as run,
+    ):
+        assert not run.save_due()
+        assert run.save_due()
+        run.save(lambda: {"step": 1})

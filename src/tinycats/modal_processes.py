@@ -114,12 +114,14 @@ def train_in_processes(
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # what is imported here is there too
     command = ["-u", "-m", "tinycats.modal_processes", script.__module__, address]
     try:
-        launcher.launch(command, count, _nodes(payload.get("nodes", 1), payload))
+        status = launcher.launch(command, count, _nodes(payload.get("nodes", 1), payload))
     except TransientError:  # a process has died; of what, another may have told
         if not host.errors:
             raise
     if host.errors:
         raise host.errors[0]
+    if not host.results:
+        raise TransientError(f"the processes of the run have ended with status {status}, and nothing to tell")
     return host.results[0]
 
 
