@@ -1,6 +1,7 @@
 """Being asked to stop: by Ctrl-C, a preemption, a closed terminal."""
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -32,7 +33,8 @@ class Stopped(KeyboardInterrupt):
 class StopSignals:
     """Turns stop signals into an orderly end, as a context manager on the main thread.
 
-    Outside `deferred()` a signal raises Stopped where the program stands. Inside it the first signal only
+    Outside `deferred()` a signal raises Stopped where the program stands; where Python lets nothing be raised, in a
+    destructor, it is `requested` all the same. Inside `deferred()` the first signal only
     sets `requested`, which the training loop looks at after each step; a second one raises at once.
     """
 
@@ -46,11 +48,14 @@ class StopSignals:
             # `nohup` and background shells ignore some signals on purpose; that stays so.
             if signal.getsignal(signum) is not signal.SIG_IGN:
                 self._previous[signum] = signal.signal(signum, self._handle)
+        self._unraisable_hook = sys.unraisablehook
+        sys.unraisablehook = self._could_not_be_raised
         return self
 
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
+        sys.unraisablehook = self._unraisable_hook
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -67,7 +72,10 @@ class StopSignals:
             signal.signal(signum, signal.SIG_IGN)
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
-        if self._deferring and self.requested is None:
-            self.requested = signum
-            return
-        raise Stopped(signum)
+        is_first, self.requested = self.requested is None, signum
+        if not (self._deferring and is_first):
+            raise Stopped(signum)
+
+    def _could_not_be_raised(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        if not issubclass(unraisable.exc_type, Stopped):
+            self._unraisable_hook(unraisable)
