@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 # What each GPU needs in cores: images that it trains on a second over those that a core prepares (plans/ADR-028).
-# Dollars an hour: Modal's list prices of May 2026.
+# Dollars an hour: Modal's list prices of May 2026 as others quote them; an estimate.
 _CORES_AND_PRICE = {
     "T4": (2, 0.59),
     "L4": (2, 0.80),
