@@ -227,7 +227,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                     with device.autocast:
                         logits = parallel_model(classifier.normalise(device.put(images)))
                     loss = cross_entropy(logits.float(), device.put(labels), label_smoothing=options.label_smoothing)
-                    loss = loss * processes.weight(batches.batch_size)
+                    loss = loss * processes.weight(len(images), batches.batch_size)
                     optimizer.zero_grad(set_to_none=True)
                     device.scaler.scale(loss).backward()
                     if options.gradient_clip:

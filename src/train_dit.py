@@ -289,7 +289,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                     with synchronise:
                         with device.autocast:
                             part_loss = flow_matching_loss(parallel_model, *part)
-                        part_loss = part_loss * (len(part[0]) * processes.count / batches.batch_size)
+                        part_loss = part_loss * processes.weight(len(part[0]), batches.batch_size)
                         device.scaler.scale(part_loss).backward()
                     loss += part_loss.detach()
                 if options.gradient_clip:

@@ -6,6 +6,7 @@ import torch
 from tinycats import devices
 from tinycats.compilation import compile_if_possible
 from tinycats.dit import TinyDiT
+from tinycats.durable_files import read_whole
 from tinycats.runs import log_to_stdout
 
 
@@ -44,6 +45,7 @@ def test_a_compiled_model_computes_the_same_and_what_was_compiled_is_kept(model,
     del model.forward
     assert compile_if_possible(model, device, 2, cache)
     assert "Compiling from scratch: " in capsys.readouterr().out
+    assert len(read_whole(cache)) > 1000, "it is written again"
 
 
 def test_where_compiling_fails_the_run_goes_on_without_and_says_so(model, capsys, monkeypatch):

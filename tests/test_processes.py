@@ -76,7 +76,9 @@ def test_shares_are_even_cover_all_and_their_means_weigh_as_much_as_they_are_lar
         if size:
             values = np.random.default_rng(0).random(size)
             means = [
-                values[s].mean() * Processes(r, count).weight(size) for r, s in enumerate(shares) if len(values[s])
+                values[s].mean() * Processes(r, count).weight(len(values[s]), size)
+                for r, s in enumerate(shares)
+                if len(values[s])
             ]
             assert sum(means) / count == pytest.approx(values.mean())
 

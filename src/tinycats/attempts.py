@@ -46,7 +46,6 @@ class Attempt:
     dataset: PackedImages
     device: Device
     processes: Processes
-    startup: Startup
     num_workers: int
     stop: StopSignals
     machine: ThisMachine
@@ -113,4 +112,4 @@ def attempt(
         if workers is None:
             workers = machine.num_workers(device.is_gpu)
             workers = max(1, workers // processes.local_count) if workers else 0
-        yield Attempt(script, folder, options, checkpoint, dataset, device, processes, startup, workers, stop, machine)
+        yield Attempt(script, folder, options, checkpoint, dataset, device, processes, workers, stop, machine)

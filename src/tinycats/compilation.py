@@ -28,6 +28,7 @@ def compile_if_possible(model: TinyDiT, device: Device, batch_size: int, cache: 
             torch.compiler.load_cache_artifacts(bytes(read_whole(cache)))
         except (DamagedFile, OSError, RuntimeError) as error:
             log.warning("Compiling from scratch: %s", one_line(str(error)))
+            cache.unlink()  # so that it is written again
     size = model.image_size
     images = torch.zeros(batch_size, 3, size, size, device=device.device)
     timesteps = torch.zeros(batch_size, device=device.device)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tinycats.errors import TransientError
-from tinycats.processes import LOST_PEER, here
+from tinycats.processes import LOST_PEER
 from tinycats.signals import STOP_SIGNALS, Stopped
 
 # Seconds for the processes to save when they are asked to stop; where one has died torch gives the others 30.
@@ -37,7 +37,7 @@ class Nodes:
 def gpus_here(device: str) -> int:
     """How many GPUs a script that was started by itself is to use: all of this machine's; 0 if it is one of several
     processes already."""
-    if device not in ("auto", "cuda") or here().count > 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+    if device not in ("auto", "cuda") or "TORCHELASTIC_RUN_ID" in os.environ:
         return 0
     import torch
 

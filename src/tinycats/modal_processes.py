@@ -65,7 +65,7 @@ class _Host:
 
 
 class _Manager(BaseManager):
-    """Reaches the host from another process."""
+    """Reaches the host from another process; in the container's own, which registers it, serves it."""
 
 
 _METHODS = ("payload", "packed_folder", "persist", "has_returned", "has_raised")
@@ -103,18 +103,14 @@ def train_in_processes(
     """
     host = _Host(container, payload)
     os.environ[_KEY] = secrets.token_hex(16)
-
-    class Server(_Manager):
-        """The manager's side in this process."""
-
-    Server.register("host", lambda: host, exposed=_METHODS)
+    _Manager.register("host", lambda: host, exposed=_METHODS)
     address = str(Path(tempfile.mkdtemp(prefix="tinycats-"), "host"))
-    server = Server(address, os.environ[_KEY].encode()).get_server()
+    server = _Manager(address, os.environ[_KEY].encode()).get_server()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # what is imported here is there too
     command = ["-u", "-m", "tinycats.modal_processes", script.__module__, address]
     try:
-        status = launcher.launch(command, count, _nodes(payload.get("nodes", 1), payload))
+        status = launcher.launch(command, count, _nodes(payload))
     except TransientError:  # a process has died; of what, another may have told
         if not host.errors:
             raise
@@ -125,8 +121,9 @@ def train_in_processes(
     return host.results[0]
 
 
-def _nodes(count: int, payload: dict[str, Any]) -> launcher.Nodes:
+def _nodes(payload: dict[str, Any]) -> launcher.Nodes:
     """This container's cluster, whose launchers meet in the first container."""
+    count = payload.get("nodes", 1)
     if count == 1:
         return launcher.Nodes()
     cluster = modal.Cluster.from_context()

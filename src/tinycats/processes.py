@@ -62,11 +62,10 @@ class Processes:
         start = self.rank * each + min(self.rank, more)
         return slice(start, start + each + (self.rank < more))
 
-    def weight(self, size: int) -> float:
-        """What the mean over this process's share of `size` things is multiplied by, for the mean over the processes to
-        be that over all of the things: shares may differ by one."""
-        share = self.share(size)
-        return (share.stop - share.start) * self.count / size
+    def weight(self, part: int, size: int) -> float:
+        """What the mean over `part` of `size` things is multiplied by, for the mean over the processes (of the sum of
+        their parts) to be that over all of the things."""
+        return part * self.count / size
 
     def from_main(self, function: Callable[[], _Result]) -> _Result:
         """What `function` returns in process 0, which alone calls it, or raises there, if that is a UserError."""
