@@ -5,9 +5,11 @@
 Samples as many images as the validation set has, of the same classes, and prints their sliced Wasserstein
 distance (x 1000) to the validation images at each level of a Laplacian pyramid; above it, for comparison, that
 of as many real images from the training set. The distance does not see contrast: that is the deviation of the
-pixels, as a part of that of the held-out ones. Then how far, in the mean, an image is from the training image
-nearest to it (root mean square over its pixels, of a range of 2): a generator that only repeats what it was
-seen is much nearer than a validation image is. The grid shows the first 32 samples.
+pixels, as a part of that of the held-out ones. Then what a network trained on ImageNet makes of them, at the size
+that they have, at half of it and at a quarter: the kernel distance (KID x 1000), precision and recall. Then how far,
+in the mean, an image is from the training image nearest to it (root mean square over its pixels, of a range of 2): a
+generator that only repeats what it was shown is much nearer than a validation image is. The grid shows the first 32
+samples.
 """
 
 import argparse
@@ -20,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 import torch
 from torchvision.utils import save_image
 
+from image_features import ImageFeatures, likeness
 from tinycats import frames, generator
 from tinycats.batches import TrainingBatches, ValidationBatches
 from tinycats.datasets import open_dataset
@@ -43,6 +46,12 @@ def distances_in_words(distances: dict[int, float]) -> str:
     """The mean over a pyramid's levels, and each level."""
     levels = ", ".join(f"{side} px {distance:.1f}" for side, distance in distances.items())
     return f"{sum(distances.values()) / len(distances):5.1f}  ({levels})"
+
+
+def likeness_in_words(samples: torch.Tensor, real: torch.Tensor, network: ImageFeatures) -> str:
+    """At the size that the images have, at half of it, and at a quarter."""
+    sides = [real.shape[-1] // part for part in (1, 2, 4) if real.shape[-1] % part == 0]
+    return "\n".join(f"    at {side:3} px  {likeness(network(samples, side), network(real, side))}" for side in sides)
 
 
 def nearest(images: torch.Tensor, shown: torch.Tensor) -> float:
@@ -70,7 +79,9 @@ def main() -> None:
     images = open_dataset(options.folder, frames.square(size), options.folder.parent)
     real, labels = validation_images(images)
     shown = training_images(images)
-    print(f"real images     {distances_in_words(pyramid_distances(shown[: len(real)], real))}", flush=True)
+    network, others = ImageFeatures(), shown[: len(real)]
+    print(f"real images     {distances_in_words(pyramid_distances(others, real))}")
+    print(likeness_in_words(others, real, network), flush=True)
 
     names = [images.classes[label] for label in labels]
     samples = finished.sample(names, seed=options.seed, steps=options.steps, method=options.method, batch_size=64)
@@ -79,6 +90,7 @@ def main() -> None:
         save_image((samples[:32] + 1) / 2, options.picture, nrow=8, padding=2, pad_value=1)
     contrast = samples.std() / real.std()
     print(f"samples         {distances_in_words(pyramid_distances(samples, real))}  contrast {contrast:.2f}")
+    print(likeness_in_words(samples, real, network))
     print(f"nearest training image: validation {nearest(real, shown):.3f}, samples {nearest(samples, shown):.3f}")
 
 

@@ -77,8 +77,12 @@ def test_a_generators_distance_to_held_out_images_is_measured(small_toy, tmp_pat
     classes = ["black", "ginger", "other", "siamese", "tabby"]
     generator.export(tmp_path / "tiny_dit.pt", model.state_dict(), SHAPE, classes, 1.0, {})
     printed = benchmark("sample_quality.py", tmp_path / "tiny_dit.pt", small_toy, "--steps", 2)
-    real, samples, _ = (line.split() for line in printed.splitlines())
+    lines = [line.split() for line in printed.splitlines()]
+    real, samples = lines[0], lines[4]
     assert float(samples[1]) > 2 * float(real[2]), "an untrained generator samples grey"
+    kernel_distances = [(int(line[1]), float(line[4])) for line in lines if line[0] == "at"]
+    assert [side for side, _ in kernel_distances] == [32, 16, 8] * 2
+    assert kernel_distances[3][1] > 2 * abs(kernel_distances[0][1])
 
 
 @pytest.mark.slow

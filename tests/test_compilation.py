@@ -47,6 +47,13 @@ def test_a_compiled_model_computes_the_same_and_what_was_compiled_is_kept(model,
     assert "Compiling from scratch: " in capsys.readouterr().out
     assert len(read_whole(cache)) > 1000, "it is written again"
 
+    cache.unlink()
+    cache.parent.rmdir()
+    cache.parent.write_text("no folder")
+    del model.forward
+    assert compile_if_possible(model, device, 2, cache)
+    assert "What was compiled is not kept: " in capsys.readouterr().out
+
 
 def test_where_compiling_fails_the_run_goes_on_without_and_says_so(model, capsys, monkeypatch):
     log_to_stdout()

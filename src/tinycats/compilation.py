@@ -46,8 +46,11 @@ def compile_if_possible(model: TinyDiT, device: Device, batch_size: int, cache: 
     finally:
         model.zero_grad(set_to_none=True)
     if cache and not cache.exists() and (artifacts := torch.compiler.save_cache_artifacts()):
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(cache) as file:
-            file.write(artifacts[0])
-            file.write(footer(artifacts[0]))
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(cache) as file:
+                file.write(artifacts[0])
+                file.write(footer(artifacts[0]))
+        except OSError as error:  # the disk is full: what is compiled serves this process all the same
+            log.warning("What was compiled is not kept: %s", one_line(str(error)))
     return True
