@@ -1,13 +1,14 @@
-"""AdamW's groups, and the learning rate over time."""
+"""AdamW's groups, Muon, and the learning rate over time."""
 
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from tinycats.optimization import adamw, warmup_cosine, warmup_stable_decay
+from tinycats.optimization import Muon, adamw, orthogonalized, warmup_cosine, warmup_stable_decay
 
 
 def test_norms_and_biases_do_not_decay():
@@ -17,6 +18,82 @@ def test_norms_and_biases_do_not_decay():
     assert kept["weight_decay"] == 0
     assert {id(parameter) for parameter in decayed["params"]} == {id(model[0].weight), id(model[2].weight)}
     assert len(kept["params"]) == 4
+
+
+def test_an_orthogonalized_matrix_keeps_its_singular_vectors_and_evens_its_singular_values():
+    rng = torch.Generator().manual_seed(0)
+    for matrices in torch.randn(2, 12, 20, generator=rng), torch.randn(2, 20, 12, generator=rng):
+        for matrix, result in zip(matrices, orthogonalized(matrices), strict=True):
+            left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+            inside = left.T @ result @ right.T
+            assert (inside - inside.diag().diag()).abs().max() < 1e-4
+            assert inside.diag().min() > 0.6 and inside.diag().max() < 1.3
+    assert torch.equal(orthogonalized(torch.zeros(1, 3, 2)), torch.zeros(1, 3, 2))
+
+
+def small_model() -> tuple[torch.nn.Module, list[torch.nn.Parameter]]:
+    """A model, and its matrices: two of one shape, and one of another."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8), torch.nn.Tanh(), torch.nn.Linear(8, 24))
+    return model, [parameter for parameter in model.parameters() if parameter.ndim == 2]
+
+
+def moved(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], steps: int) -> list[torch.Tensor]:
+    """The parameters after some steps on fixed data."""
+    rng = torch.Generator().manual_seed(1)
+    inputs, targets = torch.randn(32, 8, generator=rng), torch.randn(32, 24, generator=rng)
+    for _ in range(steps):
+        model.zero_grad()
+        (model(inputs) - targets).square().mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def test_muon_moves_matrices_as_torchs_own_and_the_rest_as_adamw():
+    model, matrices = small_model()
+    began = [parameter.detach().clone() for parameter in model.parameters()]
+    ours = moved(model, [Muon(model, matrices, 1e-2, 0.1, 0.95, torch.bfloat16)], 5)
+    model, matrices = small_model()
+    theirs = moved(
+        model,
+        [
+            torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(
+                [p for p in model.parameters() if p.ndim == 1], lr=1e-2, weight_decay=0.0, betas=(0.9, 0.95)
+            ),
+        ],
+        5,
+    )
+    for start, mine, other in zip(began, ours, theirs, strict=True):
+        assert (mine - other).norm() < 0.02 * (other - start).norm(), "but for bf16's rounding"
+
+
+def test_muon_goes_on_where_it_was_saved():
+    model, matrices = small_model()
+    straight = moved(model, [Muon(model, matrices, 1e-2, 0.0, 0.95)], 6)
+    model, matrices = small_model()
+    optimizer = Muon(model, matrices, 1e-2, 0.0, 0.95)
+    moved(model, [optimizer], 3)
+    again = Muon(model, matrices, 1e-2, 0.0, 0.95)
+    again.load_state_dict(optimizer.state_dict())
+    assert all(map(torch.equal, moved(model, [again], 3), straight))
+
+
+def test_muon_skips_a_step_whose_scaled_gradients_are_infinite_and_unscales_the_others():
+    model, matrices = small_model()
+    plain = moved(model, [Muon(model, matrices, 1e-2, 0.0, 0.95)], 2)
+    model, matrices = small_model()
+    optimizer, scaler = Muon(model, matrices, 1e-2, 0.0, 0.95), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    rng = torch.Generator().manual_seed(1)
+    inputs, targets = torch.randn(32, 8, generator=rng), torch.randn(32, 24, generator=rng)
+    for factor in (1.0, math.inf, 1.0):
+        model.zero_grad()
+        scaler.scale(factor * (model(inputs) - targets).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    for parameter, expected in zip(model.parameters(), plain, strict=True):
+        assert torch.allclose(parameter, expected, atol=1e-5)
 
 
 def rates(make_schedule: Callable[..., LambdaLR], warmup: int, total: int) -> list[float]:

@@ -168,7 +168,7 @@ class Parser(argparse.ArgumentParser):
             "--mixed-precision",
             action=argparse.BooleanOptionalAction,
             default=True,
-            help="bf16, or fp16 with loss scaling, on a GPU; a CPU computes in float32",
+            help="bf16, or fp16 with loss scaling, on a GPU, and bf16 on a CPU with AMX; other CPUs compute in float32",
         )
 
     def error(self, message: str) -> NoReturn:

@@ -45,7 +45,8 @@ def choose(name: str, mixed_precision: bool, *, expects_gpu: bool = False) -> De
     """The device of that name; `auto` is this process's GPU if there is one, else the CPU. Says what it chose.
 
     Mixed precision (Micikevicius et al., arXiv 1710.03740) is bf16 where the GPU computes in it, and fp16 with
-    a scaled loss where it does not (T4). A CPU and Apple's GPUs compute in float32.
+    a scaled loss where it does not (T4). A CPU that multiplies matrices of bf16 (AMX) does so too; others, and
+    Apple's GPUs, compute in float32.
 
     Raises:
         UserError: there is no such device here.
@@ -62,18 +63,21 @@ def choose(name: str, mixed_precision: bool, *, expects_gpu: bool = False) -> De
         device = torch.device("cuda", torch.cuda.current_device())
     if expects_gpu and name == "auto" and not on_gpu:
         log.warning("This machine should have a GPU, but torch %s finds none", torch.__version__)
-    mixed = mixed_precision and on_gpu
-    # Only what the GPU computes in itself: emulated bf16 is slower than float32.
-    dtype = torch.bfloat16 if mixed and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    # Only what it computes in itself: emulated bf16 is slower than float32.
+    if on_gpu:
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has_bf16 = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+    mixed = mixed_precision and (on_gpu or has_bf16)
+    dtype = torch.bfloat16 if has_bf16 else torch.float16
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
     place = torch.cuda.get_device_name() if on_gpu else {"cpu": "the CPU", "mps": "Apple's GPU"}[device.type]
     processes = here().count
     log.info(
-        "Training on %s in %s%s",
+        "Training on %s in %s",
         f"{processes} x {place}" if processes > 1 else place,
-        dtype if mixed else torch.float32,
-        " (mixed precision is for CUDA's GPUs)" if mixed_precision and not on_gpu else "",
+        f"{dtype} (mixed precision)" if mixed else torch.float32,
     )
     return Device(
         device,

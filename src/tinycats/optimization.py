@@ -1,6 +1,9 @@
-"""AdamW and its learning rate over time."""
+"""AdamW, Muon, and their learning rate over time."""
 
+import itertools
 import math
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch.optim import AdamW
@@ -11,11 +14,93 @@ def adamw(model: torch.nn.Module, lr: float, weight_decay: float, beta2: float =
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) that decays matrices and convolutions alone: pulling
     the scales and offsets of norms, and biases, towards zero only makes a model worse."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
+    return AdamW(_groups(parameters, weight_decay), lr=lr, betas=(0.9, beta2), fused=_fuses(parameters))
+
+
+def _groups(parameters: list[torch.nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    return [
         {"params": [parameter for parameter in parameters if parameter.ndim >= 2], "weight_decay": weight_decay},
         {"params": [parameter for parameter in parameters if parameter.ndim < 2], "weight_decay": 0.0},
     ]
-    return AdamW(groups, lr=lr, betas=(0.9, beta2), fused=parameters[0].device.type in ("cpu", "cuda"))
+
+
+def _fuses(parameters: list[torch.nn.Parameter]) -> bool:
+    return parameters[0].device.type in ("cpu", "cuda")
+
+
+class Muon(AdamW):
+    """Muon (Jordan et al., kellerjordan.github.io/posts/muon) for some matrices of a model, AdamW for the rest.
+
+    The direction in which a matrix moves is its gradient's momentum with all singular values made (nearly) the same. It
+    is as long as AdamW's usually is (Liu et al., arXiv 2502.16982, equation 4), so that one learning rate serves both.
+    torch.optim.Muon, of which tests/test_optimization.py shows that it moves matrices alike, computes in bf16 wherever
+    it is, which is slow where that is emulated, and wants a second optimizer for what is not a matrix.
+
+    Args:
+        matrices: of the model's parameters, those of two dimensions that Muon is for.
+        dtype: that singular values are evened in; None: each matrix's own.
+    """
+
+    MOMENTUM = 0.95
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        matrices: Iterable[torch.nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        beta2: float = 0.999,
+        dtype: torch.dtype | None = None,
+    ):
+        matrices = [*matrices]
+        theirs = {id(matrix) for matrix in matrices}
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in theirs]
+        groups = [{"is_orthogonal": False, **group} for group in _groups(rest, weight_decay)]
+        groups.append({"is_orthogonal": True, "params": matrices, "weight_decay": weight_decay})
+        super().__init__(groups, lr=lr, betas=(0.9, beta2), fused=_fuses(rest))
+        self._dtype = dtype
+        # A fused AdamW divides gradients by the loss's scale itself; of the matrices' it does not know.
+        self._step_supports_amp_scaling = False
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> None:  # type: ignore[override]
+        """Move all parameters that have a gradient; those of the matrices are gone afterwards."""
+        assert closure is None, "nothing is computed again"
+        for group in self.param_groups:
+            if group["is_orthogonal"]:
+                having = sorted((p for p in group["params"] if p.grad is not None), key=lambda p: p.shape)
+                for _, alike in itertools.groupby(having, lambda p: p.shape):
+                    self._move([*alike], group["lr"], group["weight_decay"])
+        super().step()
+
+    def _move(self, matrices: list[torch.Tensor], lr: float, weight_decay: float) -> None:
+        """A step of matrices of one shape, at once."""
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix] = {"step": torch.zeros(()), "momentum_buffer": torch.zeros_like(matrix)}
+            self.state[matrix]["step"] += 1  # which AdamW asks of whatever it loads
+            matrix.grad = None  # AdamW passes over what has none
+        momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        torch._foreach_lerp_(momenta, gradients, 1 - self.MOMENTUM)
+        ahead = torch._foreach_lerp(gradients, momenta, self.MOMENTUM)  # Nesterov's
+        directions = orthogonalized(torch.stack([*ahead]).to(self._dtype or matrices[0].dtype))
+        length = 0.2 * max(matrices[0].shape) ** 0.5
+        torch._foreach_mul_(matrices, 1 - lr * weight_decay)
+        for matrix, direction in zip(matrices, directions, strict=True):
+            matrix.add_(direction, alpha=-lr * length)
+
+
+def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
+    """[B, M, N] with the singular vectors of each matrix, and singular values between 0.7 and 1.2 instead of its own:
+    five Newton-Schulz iterations with the constants of Jordan et al."""
+    is_tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if is_tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if is_tall else x
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
