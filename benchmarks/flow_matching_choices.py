@@ -1,22 +1,28 @@
-"""What TinyDiT should predict, how its errors should be weighed over time, and how its learning rate should fall.
+"""What TinyDiT should predict and with which last layer, how its errors should be weighed over time, and what should
+move its weights, how far.
 
     python benchmarks/flow_matching_choices.py cat-faces-64 --steps 2500
+    python benchmarks/flow_matching_choices.py cat-faces-64 --image-size 64 --dim 192 --batch-size 16 --seconds 420
 
-Every variant begins from the same weights and sees the same images and the same noise in the same order.
-Compared are the EMAs, on validation images: the error of the velocity at timesteps up to 0.9, and the
-sliced Wasserstein distance of as many samples (x 1000, mean over the levels of the pyramid; the first line is
+Every variant begins from the same weights and sees the same images and the same noise in the same order, for as many
+steps or for as long. Compared are the EMAs, on validation images: the error of the velocity at timesteps up to 0.9, and
+the sliced Wasserstein distance of as many samples (x 1000, mean over the levels of the pyramid; the first line is
 that of real images), which does not see their contrast: hence the deviation of their pixels as a part of that
-of the validation images' pixels. `<output>/<variant>.png` shows 16 samples, from the same noise each.
+of the validation images' pixels. Then what a network trained on ImageNet sees in them (image_features.py), at their
+size and at a quarter of it. `<output>/<variant>.png` shows 16 samples, from the same noise each.
 
 A bound: the error of the image is divided by the time that is left, which makes it that of the velocity, but by
 no less than the bound (the product's, if none is named; 1 leaves it the error of the image). Velocity: that is
 what is predicted, not the image. Narrow, late, uniform: other timesteps to train at than the product's; a tenth
 uniform: one timestep in ten is uniform. Usual: the position embedding of the DiT paper, AdamW's usual memory
-of squared gradients.
+of squared gradients. AdamW: for all weights, instead of Muon for the blocks' matrices. Patches: each is drawn by its
+token alone, no convolution across their borders. Sees noise: what is predicted is mixed with the noisy image, the more
+of it the less noise it has.
 """
 
 import argparse
 import functools
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -28,17 +34,53 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torchvision.utils import make_grid, save_image
 
-from sample_quality import distances_in_words, training_images, validation_images
-from tinycats import flow_matching, frames, generator
+from image_features import ImageFeatures
+from sample_quality import distances_in_words, likeness_in_words, training_images, validation_images
+from tinycats import devices, flow_matching, frames, generator
 from tinycats.batches import TrainingBatches, load_batches
 from tinycats.datasets import open_dataset
-from tinycats.dit import TinyDiT, sinusoids
+from tinycats.dit import TinyDiT, modulate, sinusoids, unpatchify
 from tinycats.ema import ema_model
-from tinycats.optimization import adamw, warmup_cosine, warmup_stable_decay
+from tinycats.optimization import Muon, adamw, warmup_cosine, warmup_stable_decay
 from tinycats.packed_images import PackedImages
 from tinycats.sliced_wasserstein import pyramid_distances
 
 Timesteps = Callable[[int, torch.Generator], torch.Tensor]
+
+
+def drawn_by_patches(model: TinyDiT) -> TinyDiT:
+    """The same model, with the last layer of the DiT paper."""
+
+    class Patches(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            dim = model.position.shape[1]
+            self.adaLN_modulation, self.norm = model.final_layer.adaLN_modulation, model.final_layer.norm
+            self.linear = torch.nn.Linear(dim, 3 * model.patch_size**2)
+            torch.nn.init.zeros_(self.linear.weight)
+            torch.nn.init.zeros_(self.linear.bias)
+
+        def forward(self, tokens: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+            shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+            return unpatchify(self.linear(modulate(self.norm(tokens), shift, scale)), model.patch_size)
+
+    model.final_layer = Patches()
+    return model
+
+
+class SeesNoise(torch.nn.Module):
+    """The same model, whose output is mixed with the noisy image as in arXiv 2206.00364 (equation 7), with the
+    deviation of an image's finest detail, a tenth, for that of images."""
+
+    def __init__(self, model: TinyDiT):
+        super().__init__()
+        self.model, self.matrices = model, model.matrices
+
+    def forward(self, points: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        t = timesteps.view(-1, 1, 1, 1)
+        variance = (1 - t) ** 2 + (0.1 * t) ** 2
+        predicted = self.model(points, timesteps, classes)
+        return 0.1**2 * t / variance * points + (1 - t) / variance.sqrt() * predicted
 
 
 class PredictsVelocity(torch.nn.Module):
@@ -46,7 +88,7 @@ class PredictsVelocity(torch.nn.Module):
 
     def __init__(self, model: TinyDiT):
         super().__init__()
-        self.model = model
+        self.model, self.matrices = model, model.matrices
 
     def forward(self, points: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         return points + (1 - timesteps).view(-1, 1, 1, 1) * self.model(points, timesteps, classes)
@@ -82,6 +124,10 @@ def warmup_constant(optimizer: torch.optim.Optimizer, warmup_steps: int, total_s
 
 VARIANTS: dict[str, dict] = {
     "chosen": {},
+    "adamw": {"muon": False},
+    "patches": {"wrap": drawn_by_patches},
+    "patches, adamw": {"wrap": drawn_by_patches, "muon": False},
+    "sees noise": {"wrap": SeesNoise},
     "velocity": {"wrap": PredictsVelocity},
     "constant rate": {"schedule": warmup_constant},
     "cosine": {"schedule": warmup_cosine},
@@ -122,25 +168,38 @@ def train(
     schedule: Callable[..., LambdaLR] = warmup_stable_decay,
     bound: float = flow_matching.MIN_TIME_LEFT,
     beta2: float = generator.BETA2,
-) -> torch.nn.Module:
-    """The EMA of a model trained on the images, as if they were of one class."""
+    muon: bool = True,
+) -> tuple[torch.nn.Module, int]:
+    """The EMA of a model trained on the images, as if they were of one class, and the steps that it took."""
     torch.manual_seed(options.seed)
     model = wrap(TinyDiT(1, options.image_size, options.patch_size, options.dim, options.depth, options.heads))
     ema = ema_model(model, 0.999)
+    device = devices.choose("cpu", mixed_precision=True)
     optimizer = adamw(model, options.lr, 0.0, beta2)
-    rate = schedule(optimizer, options.steps // 10, options.steps)
+    if muon:
+        optimizer = Muon(model, model.matrices(), options.lr, 0.0, beta2, device.optimizer_dtype)
+    # The rate's way, in steps or in thousandths of the time.
+    length = 1000 if options.seconds else options.steps
+    rate = schedule(optimizer, length // 10, length)
     batches = TrainingBatches(images, options.batch_size, generator.training_transform, options.seed)
-    for images, labels in load_batches(batches, range(options.steps), 0, pin_memory=False):
+    steps, began = 0, time.perf_counter()
+    for images, labels in load_batches(batches, itertools.count(), 0, pin_memory=False):
         targets = generator.to_unit(images)
         noise, now = torch.randn_like(targets), timesteps(len(targets), torch.default_generator)
-        loss = flow_matching.flow_matching_loss(model, noise, targets, now, 0 * labels, min_time_left=bound)
+        with device.autocast:
+            loss = flow_matching.flow_matching_loss(model, noise, targets, now, 0 * labels, min_time_left=bound)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        rate.step()
         ema.update_parameters(model)
-    return ema
+        steps += 1
+        passed = length * (time.perf_counter() - began) / options.seconds if options.seconds else steps
+        if passed >= length:
+            break
+        while rate.last_epoch < int(passed):
+            rate.step()
+    return ema, steps
 
 
 def main() -> None:
@@ -149,6 +208,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--seconds", type=float, help="for each variant, instead of steps")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--image-size", type=int, default=32)
@@ -166,17 +226,23 @@ def main() -> None:
     others = training_images(images)[: len(real)]
     print(f"{'real images':58} distance {distances_in_words(pyramid_distances(others, real))}", flush=True)
     noise = generator.starting_noise(len(real), options.image_size, seed=0)
+    device, network = devices.choose("cpu", mixed_precision=True), ImageFeatures()
     for name in options.variants:
         began = time.perf_counter()
-        model = train(images, options, **VARIANTS[name])
+        model, steps = train(images, options, **VARIANTS[name])
         seconds = time.perf_counter() - began
-        samples = [
-            flow_matching.sample(model, part, torch.zeros(len(part), dtype=torch.int64), 1) for part in noise.split(64)
-        ]
-        samples = torch.cat(samples).clamp(-1, 1)
-        error, distances = velocity_error(model, real), pyramid_distances(samples, real)
-        words = f"contrast {samples.std() / real.std():.2f}  distance {distances_in_words(distances)}"
-        print(f"{name:20} {seconds:5.0f} s  error {error:.4f}  {words}", flush=True)
+        with device.autocast:
+            samples = torch.cat(
+                [
+                    flow_matching.sample(model, part, torch.zeros(len(part), dtype=torch.int64), 1)
+                    for part in noise.split(64)
+                ]
+            ).clamp(-1, 1)
+            error = velocity_error(model, real)
+        words = f"contrast {samples.std() / real.std():.2f}  "
+        words += f"distance {distances_in_words(pyramid_distances(samples, real))}"
+        print(f"{name:20} {seconds:5.0f} s  {steps:6} steps  error {error:.4f}  {words}")
+        print(likeness_in_words(samples, real, network), flush=True)
         grid = make_grid((samples[:16] + 1) / 2, nrow=16, padding=2, pad_value=1)
         save_image(grid, options.output / f"{name.replace(',', '').replace(' ', '_')}.png")
 

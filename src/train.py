@@ -71,6 +71,12 @@ class ClassifierParser(command_line.Parser):
             default=0.1,
             help="probability left to the other classes",
         )
+        training.add_argument(
+            "--balance",
+            action=command_line.BooleanOptionalAction,
+            default=True,
+            help="judge as if each class had as many images as the others; else what is rare is rarely said",
+        )
 
     def check(self, options: Options) -> None:
         if options.pretrained is None:
@@ -163,13 +169,18 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         optimizer = adamw(model, options.lr, options.weight_decay)
         schedule = warmup_cosine(optimizer, round(options.warmup_epochs * batches.steps_per_epoch), total_steps)
 
+        # Added to what the model says, for what it says to hold where all classes are alike (Menon et al., arXiv
+        # 2007.07314): there `other`, two thirds of data/cats, is not the answer to every doubt.
+        counts = batches.class_counts() if options.balance else torch.ones(len(classes))
+        log_prior = counts.clamp_min(1).float().log().to(device.device)
+
         # All that changes while training. Random numbers are derived from (seed, step) and are not part of it.
         parts: dict[str, Part] = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": device.scaler}
         this.restore(parts)
         step, epoch_loss, metrics = 0, torch.zeros((), device=device.device), []
         best: dict[str, Any] = {}
         if this.checkpoint:
-            step, best, metrics = this.checkpoint["step"], this.checkpoint["best"] or {}, this.checkpoint["metrics"]
+            step, best, metrics = this.checkpoint["step"], this.checkpoint["best"], this.checkpoint["metrics"]
             epoch_loss += this.checkpoint["epoch_loss"].to(device.device)
 
         def require_finite(loss: float) -> None:
@@ -184,23 +195,31 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
 
         @torch.inference_mode()
         def evaluate() -> dict | None:
-            """Loss and accuracies on the validation images; None if the run was asked to stop."""
+            """Loss, accuracies and calibration on the validation images; None if the run was asked to stop."""
             model.eval()
-            total_loss = torch.zeros((), device=device.device)
-            confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device.device)
+            answers = []
             for images, labels in load_batches(
                 validation_batches, range(len(validation_batches)), this.num_workers, pin_memory=device.is_gpu
             ):
                 if run.is_to_stop():
                     return None
+                logits = torch.empty(0, len(classes))
                 if len(images):
-                    targets = device.put(labels)
                     with device.autocast:
-                        logits = model(classifier.normalise(device.put(images)))
-                    total_loss += cross_entropy(logits.float(), targets, reduction="sum")
-                    confusion += classifier.confusion_matrix(logits, targets)
-            val_loss = processes.sum(total_loss).item() / len(validation_batches.indices)
-            return {"val_loss": val_loss, **classifier.accuracies(processes.sum(confusion).cpu(), classes)}
+                        logits = model(classifier.normalise(device.put(images))).float().cpu()
+                answers.append((logits, labels))
+            shares = processes.gather(answers)
+
+            def measured() -> dict:
+                in_order = [share[batch] for batch in range(len(answers)) for share in shares or []]
+                logits, labels = (torch.cat(part) for part in zip(*in_order, strict=True))
+                return {
+                    "val_loss": cross_entropy(logits + log_prior.cpu(), labels).item(),
+                    **classifier.accuracies(classifier.confusion_matrix(logits, labels), classes),
+                    **classifier.calibration(logits, labels),
+                }
+
+            return processes.from_main(measured)
 
         with this.open_run(metrics, step) as run, out_of_memory_is_told(options.batch_size, "a smaller --batch-size"):
             begins = "Resuming" if this.checkpoint else "Starting"
@@ -226,7 +245,8 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
 
                     with device.autocast:
                         logits = parallel_model(classifier.normalise(device.put(images)))
-                    loss = cross_entropy(logits.float(), device.put(labels), label_smoothing=options.label_smoothing)
+                    logits = logits.float() + log_prior
+                    loss = cross_entropy(logits, device.put(labels), label_smoothing=options.label_smoothing)
                     loss = loss * processes.weight(len(images), batches.batch_size)
                     optimizer.zero_grad(set_to_none=True)
                     device.scaler.scale(loss).backward()
@@ -263,8 +283,9 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 log.info(
                     f"Epoch {epoch}/{options.epochs} complete. Loss: {train_loss:.3f}, validation loss: "
                     f"{results['val_loss']:.3f}, accuracy: {results['val_accuracy']:.3f}, balanced: "
-                    f"{results['balanced_accuracy']:.3f} | {(step - first_step) * batches.batch_size / seconds:.0f} "
-                    f"images/s, {waited / seconds:.0%} of the time waiting for them"
+                    f"{results['balanced_accuracy']:.3f}, calibration error: {results['calibration_error']:.3f} | "
+                    f"{(step - first_step) * batches.batch_size / seconds:.0f} images/s, "
+                    f"{waited / seconds:.0%} of the time waiting for them"
                 )
 
                 # Balanced: most of data/cats is dogs, and whoever always says `other` is right most of the time.

@@ -17,6 +17,7 @@ import math
 import signal
 import sys
 import time
+from typing import Any
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports below: no traceback
@@ -154,10 +155,10 @@ def train_on_modal(payload: dict) -> dict:
 
 
 def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
-    """Train, from the saved checkpoint if there is one, and export the EMA of the weights.
+    """Train, from the saved checkpoint if there is one, and export the EMA of the weights where it was best.
 
     Returns:
-        `run` (its name), `model` (the path of the finished model) and `metrics` (the last ones).
+        `run` (its name), `model` (the path of the finished model) and `metrics` (its own).
 
     Raises:
         UserError: the data, an option or a checkpoint is of no use, the disk is full, training diverged.
@@ -185,7 +186,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     from tinycats.dit import TinyDiT
     from tinycats.ema import ema_model
     from tinycats.flow_matching import dropped_classes, flow_matching_loss, sample_timesteps
-    from tinycats.optimization import adamw, all_finite, warmup_stable_decay
+    from tinycats.optimization import Muon, all_finite, warmup_stable_decay
 
     with attempt(PARSER.prog, options, frame_of, stop, machine, startup) as this:
         options, dataset, device, processes = this.options, this.dataset, this.device, this.processes
@@ -197,7 +198,8 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         shape = {name: getattr(options, name) for name in SHAPE}
         model = TinyDiT(len(dataset.classes), **shape).to(device.device)
         ema = ema_model(model, options.ema_beta)
-        optimizer = adamw(model, options.lr, options.weight_decay, generator.BETA2)
+        rates = options.lr, options.weight_decay, generator.BETA2
+        optimizer = Muon(model, model.matrices(), *rates, device.optimizer_dtype)
         schedule = warmup_stable_decay(optimizer, options.warmup_steps, options.steps)
 
         # All that changes while training. Random numbers are derived from (seed, step) and are not part of it.
@@ -209,7 +211,10 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             "scaler": device.scaler,
         }
         this.restore(parts)
-        step, metrics = (this.checkpoint["step"], this.checkpoint["metrics"]) if this.checkpoint else (0, [])
+        step, metrics = 0, []
+        best: dict[str, Any] = {}  # the EMA with the lowest validation loss
+        if this.checkpoint:
+            step, best, metrics = this.checkpoint["step"], this.checkpoint["best"], this.checkpoint["metrics"]
         if options.compile if options.compile is not None else device.is_gpu:
             share = batches.share.stop - batches.share.start
             cache = machine.compiled_code(device.name) if processes.is_main else None
@@ -226,7 +231,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         def current_checkpoint() -> dict:
             if not all_finite(model):
                 require_sound(math.inf)
-            return this.checkpoint_of(step, metrics, parts)
+            return this.checkpoint_of(step, metrics, parts, best=best)
 
         sample_steps = options.sample_steps or (50 if device.is_gpu else 10)
 
@@ -327,21 +332,32 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                         )
                     run.image("samples", grid, step)
                     log.info(f"Step {step}/{options.steps}. Validation loss: {value:.4f}; samples/step_{step:07}.png")
+                    if not best or value < best["metrics"]["val_loss"]:
+                        weights = ema.module.state_dict() if processes.is_main else {}
+                        weights = {name: tensor.cpu().clone() for name, tensor in weights.items()}
+                        best = {"metrics": {"step": step, "val_loss": value}, "state_dict": weights}
+                    elif sum("val_loss" in row and row["step"] > best["metrics"]["step"] for row in metrics) == 2:
+                        lowest = best["metrics"]
+                        log.warning(
+                            f"The validation loss has risen since step {lowest['step']} ({lowest['val_loss']:.4f}): "
+                            "photos are being learned by heart. The finished model will be that of its lowest"
+                        )
                     began, first_step, waited = time.perf_counter(), step, 0.0
                 if run.save_due() or step == options.steps:
                     run.save(current_checkpoint)
             bar.close()
             run.wait_until_saved()
 
-            finished, last = options.output_dir / MODEL, metrics[-1]
+            finished, lowest = options.output_dir / MODEL, best["metrics"]
             if processes.is_main:
-                model_file, weights = this.folder / MODEL, ema.module.state_dict()
-                generator.export(model_file, weights, shape, dataset.classes, options.cfg_scale, last)
+                model_file = this.folder / MODEL
+                generator.export(model_file, best["state_dict"], shape, dataset.classes, options.cfg_scale, lowest)
                 checkpoints.publish_model(model_file, finished)
                 machine.persist()
-            log.info(f"Done. Validation loss {last['val_loss']:.4f}. Model: {machine.how_to_fetch(finished)}")
+            fetch = machine.how_to_fetch(finished)
+            log.info(f"Done. Validation loss {lowest['val_loss']:.4f} (step {lowest['step']}). Model: {fetch}")
             startup.log_totals()
-    return {"run": this.folder.name, "model": str(finished), "metrics": last}
+    return {"run": this.folder.name, "model": str(finished), "metrics": lowest}
 
 
 # --- the two ways in ---------------------------------------------------------------------------------------------

@@ -64,10 +64,12 @@ def test_the_loader_is_compared_with_a_step(small_toy):
 @pytest.mark.slow
 def test_the_choices_of_flow_matching_are_compared(small_toy, tmp_path):
     shape = [word for name, value in SHAPE.items() for word in (f"--{name.replace('_', '-')}", value)]
-    chosen = ("--variants", "chosen", "late, velocity", "--steps", 3, "--batch-size", 4, "--output", tmp_path)
-    printed = benchmark("flow_matching_choices.py", small_toy, *shape, *chosen)
-    assert [line.split()[0] for line in printed.splitlines()] == ["real", "chosen", "late,"]
-    assert {path.name for path in tmp_path.iterdir()} == {"chosen.png", "late_velocity.png"}
+    chosen = ("--variants", "chosen", "late, velocity", "patches, adamw", "sees noise")
+    rest = ("--seconds", 0.5, "--batch-size", 4, "--output", tmp_path)
+    printed = benchmark("flow_matching_choices.py", small_toy, *shape, *chosen, *rest)
+    lines = [line.split()[0] for line in printed.splitlines() if not line.startswith("    at ")]
+    assert lines == ["real", "chosen", "late,", "patches,", "sees"]
+    assert {path.stem for path in tmp_path.iterdir()} == {"chosen", "late_velocity", "patches_adamw", "sees_noise"}
 
 
 @pytest.mark.slow

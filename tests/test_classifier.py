@@ -30,6 +30,46 @@ def test_the_confusion_matrix_counts_labels_by_rows_and_answers_by_columns():
     assert classifier.confusion_matrix(logits, torch.tensor([0, 0, 1])).tolist() == [[1, 1], [1, 0]]
 
 
+def overconfident(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of three classes that are three times what they should be, and the labels that are drawn by them."""
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(count, 3, generator=rng)
+    return 3 * logits, torch.multinomial(logits.softmax(1), 1, generator=rng)[:, 0]
+
+
+def test_the_temperature_makes_probabilities_what_they_say():
+    logits, labels = overconfident(20_000)
+    assert classifier.fit_temperature(logits, labels) == pytest.approx(3, rel=0.05)
+    assert classifier.calibration_error(logits.softmax(1), labels) > 0.15
+    found = classifier.calibration(logits, labels)
+    assert found["temperature"] == pytest.approx(3, rel=0.05)
+    assert found["calibration_error"] < 0.02
+
+
+def test_the_temperature_is_where_the_cross_entropy_is_least():
+    logits, labels = overconfident(300)
+    weights = 1 / labels.bincount()[labels].double()
+
+    def loss(temperature: float) -> float:
+        each = torch.nn.functional.cross_entropy(logits.double() / temperature, labels, reduction="none")
+        return (weights * each).sum().item()
+
+    best = classifier.fit_temperature(logits, labels)
+    assert loss(best) < min(loss(0.97 * best), loss(1.03 * best))
+
+
+def test_the_calibration_error_of_known_probabilities_counts_every_class_alike():
+    # Three of class 0, of which it is said with 0.9 that they are; one of class 1, of which 0.8 is said, and wrongly.
+    probabilities = torch.tensor([[0.9, 0.1]] * 3 + [[0.8, 0.2]])
+    expected = 0.5 * abs(0.9 - 1) + 0.5 * abs(0.8 - 0)
+    assert classifier.calibration_error(probabilities, torch.tensor([0, 0, 0, 1])) == pytest.approx(expected)
+
+
+def test_where_every_answer_is_right_the_temperature_is_bounded_and_one_image_is_enough():
+    assert classifier.calibration(9 * torch.eye(3), torch.arange(3))["temperature"] == pytest.approx(0.25, rel=1e-3)
+    assert classifier.calibration(torch.zeros(1, 3), torch.tensor([1]))["calibration_error"] == pytest.approx(1 / 3)
+
+
 def test_validation_shows_the_middle_and_training_a_part_and_both_in_bytes():
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (73, 90, 3), np.uint8)
@@ -48,7 +88,8 @@ def test_normalised_images_have_imagenets_mean_and_deviation():
 
 
 def export(path, model, classes=("a", "b", "c")):
-    classifier.export(path, model.state_dict(), "resnet18", classes, 64, {"val_accuracy": 0.9})
+    metrics = {"val_accuracy": 0.9, "temperature": 0.8}
+    classifier.export(path, model.state_dict(), "resnet18", classes, 64, metrics)
 
 
 def test_an_exported_classifier_predicts_what_the_trained_one_did(tmp_path):
@@ -65,9 +106,9 @@ def test_an_exported_classifier_predicts_what_the_trained_one_did(tmp_path):
     with torch.inference_mode():
         small = decode(tmp_path / "photo.png", frames.to_crop_from(64))
         image = classifier.validation_transform(64)([small], np.random.default_rng())
-        expected = model(classifier.normalise(torch.from_numpy(image).permute(0, 3, 1, 2))).softmax(1)
+        expected = (model(classifier.normalise(torch.from_numpy(image).permute(0, 3, 1, 2))) / 0.8).softmax(1)
     assert list(probabilities.values()) == pytest.approx(expected[0].tolist(), abs=1e-6)
-    assert loaded.metrics == {"val_accuracy": 0.9}
+    assert loaded.metrics == {"val_accuracy": 0.9, "temperature": 0.8}
 
 
 def test_torch_reads_the_file_with_weights_only(tmp_path):

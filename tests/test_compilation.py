@@ -16,7 +16,7 @@ def model(tmp_path, monkeypatch):
     torch.compiler.reset()
     torch.manual_seed(0)
     model = TinyDiT(3, image_size=8, patch_size=4, dim=16, depth=1, heads=1)
-    torch.nn.init.normal_(model.final_layer.linear.weight)
+    torch.nn.init.normal_(model.final_layer.to_rgb.weight)
     yield model
     torch.compiler.reset()
 

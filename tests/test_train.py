@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -178,13 +179,14 @@ def test_killed_at_random_moments_and_resumed_it_ends_bit_identical(workers, und
 
 
 def stop_in_evaluation(monkeypatch, stop: StopSignals) -> None:
-    count = classifier.confusion_matrix
+    normalise = classifier.normalise
 
-    def count_and_stop(*arguments):
-        stop.requested = signal.SIGTERM
-        return count(*arguments)
+    def normalise_and_stop(images):
+        if torch.is_inference_mode_enabled():
+            stop.requested = signal.SIGTERM
+        return normalise(images)
 
-    monkeypatch.setattr(classifier, "confusion_matrix", count_and_stop)
+    monkeypatch.setattr(classifier, "normalise", normalise_and_stop)
 
 
 @pytest.mark.slow
@@ -439,3 +441,26 @@ def test_help_and_mistakes_do_not_wait_for_torch(tmp_path):
         assert "torch was imported" not in output + errors
     process = script_process("train.py", cwd=tmp_path, cold=True, env={"PYTHONPATH": str(tmp_path)})
     assert "torch was imported" in process.communicate(timeout=60)[1], "the trap itself works"
+
+
+def grey_photos(folder: Path, mean: float, count: int, seed: int) -> None:
+    """Photos of one grey each, which varies around `mean` with a deviation of 30: classes 30 apart overlap."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for number, grey in enumerate(rng.normal(mean, 30, count).clip(0, 255)):
+        Image.fromarray(np.full((32, 32, 3), round(grey), np.uint8)).save(folder / f"{number}.png")
+
+
+@pytest.mark.slow
+def test_a_rare_class_is_learned_although_always_saying_the_other_is_right_nine_times_in_ten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number, (split, rare, common) in enumerate((("train", 20, 180), ("val", 100, 100))):
+        grey_photos(tmp_path / "greys" / split / "rare", 110, rare, 2 * number)
+        grey_photos(tmp_path / "greys" / split / "common", 140, common, 2 * number + 1)
+    accuracy = {}
+    for balance in ("--balance", "--no-balance"):
+        result = train_here("greys", *SMALL, "--image-size", 32, "--epochs", 4, "--batch-size", 20, balance)
+        accuracy[balance] = result["metrics"]["class_accuracy"]
+    assert train.PARSER.parse(["greys"]).balance, "it is the default"
+    assert min(accuracy["--balance"].values()) > 0.5, "what can be told apart at all: 69 % of each"
+    assert accuracy["--no-balance"]["rare"] < 0.3

@@ -66,6 +66,11 @@ class TrainingBatches:
             raise UserError(f"a batch of {self.batch_size} images is not enough for {processes.count} processes")
         self.steps_per_epoch = len(self.indices) // self.batch_size
 
+    def class_counts(self) -> torch.Tensor:
+        """int64 [C]: how many images there are of each class."""
+        labels = self.dataset.labels[self.indices.start : self.indices.stop]
+        return torch.from_numpy(np.bincount(labels, minlength=len(self.dataset.classes)))
+
     def __getitem__(self, step: int) -> Batch:
         epoch, number = divmod(step, self.steps_per_epoch)
         positions = np.arange(number * self.batch_size, (number + 1) * self.batch_size)[self.share]

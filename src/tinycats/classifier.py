@@ -1,5 +1,6 @@
 """The cat classifier: a torchvision ResNet with a head of its own, its images, its metrics, its file."""
 
+import math
 import urllib.error
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from tinycats.errors import TransientError, UserError
 from tinycats.oxford_pets import OTHER
 
 CROP_SCALE = (0.35, 1.0)  # the part of an image's area that training sees
+TEMPERATURES = (0.25, 4.0)  # that calibration may choose from
+BINS = 15  # of confidence
 
 # ImageNet's, with which the pretrained backbones were trained.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -97,6 +100,64 @@ def accuracies(confusion: torch.Tensor, classes: Sequence[str]) -> dict[str, Any
     return result
 
 
+def _class_weights(labels: torch.Tensor) -> torch.Tensor:
+    """float64 [N], of sum 1, with which each class that is there counts alike, whatever there is of it."""
+    weights = 1 / labels.bincount()[labels].double()
+    return weights / weights.sum()
+
+
+def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """What to divide logits by, so that their softmax means what it says: where the cross-entropy is least (Guo et al.,
+    arXiv 1706.04599), every class counted alike.
+
+    Args:
+        logits: float [N, C], of images that were not trained on.
+        labels: int64 [N].
+    """
+    logits, weights = logits.double(), _class_weights(labels)
+    low, high = (math.log(temperature) for temperature in TEMPERATURES)
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        # The cross-entropy is convex in the inverse of the temperature: its slope there has one change of sign.
+        probabilities = (logits / math.exp(middle)).softmax(1)
+        slope = (probabilities * logits).sum(1) - logits.gather(1, labels[:, None])[:, 0]
+        low, high = (middle, high) if (weights * slope).sum() > 0 else (low, middle)
+    return math.exp((low + high) / 2)
+
+
+def calibration_error(probabilities: torch.Tensor, labels: torch.Tensor) -> float:
+    """The expected calibration error (Naeini et al., AAAI 2015): how far, in the mean, what is said to be right with
+    some probability is from being right as often. In bins of equal width, every class counted alike.
+
+    Args:
+        probabilities: float [N, C].
+        labels: int64 [N].
+    """
+    confidence, answers = probabilities.double().max(1)
+    surplus = _class_weights(labels) * (confidence - (answers == labels).double())
+    bins = (confidence * BINS).long().clamp_max(BINS - 1)
+    return torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, surplus).abs().sum().item()
+
+
+def calibration(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """What held-out logits, as of `fit_temperature`, say about probabilities.
+
+    Returns:
+        `temperature`, and `calibration_error` of probabilities with it; each half of the images has for that the
+        temperature of the other one.
+    """
+    one, other = (slice(first, None, 2) for first in (0, 1))
+    if len(labels) < 2:
+        one = other = slice(None)
+    probabilities = torch.empty_like(logits)
+    for half, rest in ((one, other), (other, one)):
+        probabilities[half] = (logits[half] / fit_temperature(logits[rest], labels[rest])).softmax(1)
+    return {
+        "temperature": fit_temperature(logits, labels),
+        "calibration_error": calibration_error(probabilities, labels),
+    }
+
+
 @dataclass(frozen=True)
 class Classifier:
     """A finished classifier, from `load`."""
@@ -104,11 +165,13 @@ class Classifier:
     model: nn.Module
     classes: tuple[str, ...]
     image_size: int
+    temperature: float
     metrics: dict[str, Any]
 
     @torch.inference_mode()
     def predict(self, photos: Sequence[Path | str]) -> list[dict[str, float]]:
-        """The probability of each class for each photo (files in any format that Pillow reads).
+        """The probability of each class for each photo (files in any format that Pillow reads), where it might as well
+        show one class as another.
 
         Raises:
             OSError, ValueError: a file is no image.
@@ -118,7 +181,7 @@ class Classifier:
         frame = frames.to_crop_from(self.image_size)
         images = [decode(Path(photo), frame) for photo in photos]
         batch = torch.from_numpy(middle_crops(images, self.image_size, frame.side)).permute(0, 3, 1, 2)
-        probabilities = self.model(normalise(batch)).softmax(1)
+        probabilities = (self.model(normalise(batch)) / self.temperature).softmax(1)
         return [dict(zip(self.classes, row.tolist(), strict=True)) for row in probabilities]
 
 
@@ -132,6 +195,9 @@ def export(
 ) -> None:
     """Write a finished classifier: weights, and all that using them takes. `torch.load` reads it.
 
+    Args:
+        metrics: as of `accuracies` and `calibration`.
+
     Raises:
         UserError: it cannot be written.
     """
@@ -142,6 +208,7 @@ def export(
         "image_size": image_size,
         "mean": list(MEAN),
         "std": list(STD),
+        "temperature": metrics["temperature"],
         "metrics": metrics,
         "state_dict": state_dict,
     }
@@ -159,4 +226,10 @@ def load(path: Path | str) -> Classifier:
         raise UserError(f"{path} is not a finished classifier")
     model = build(contents["backbone"], len(contents["classes"]), pretrained=False)
     model.load_state_dict(contents["state_dict"])
-    return Classifier(model.eval(), tuple(contents["classes"]), contents["image_size"], contents["metrics"])
+    return Classifier(
+        model.eval(),
+        tuple(contents["classes"]),
+        contents["image_size"],
+        contents.get("temperature", 1.0),  # which models of before had not
+        contents["metrics"],
+    )

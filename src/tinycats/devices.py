@@ -20,11 +20,13 @@ class Device:
     Attributes:
         autocast: the context in which a model's forward pass runs.
         scaler: scales the loss where gradients in fp16 would vanish; does nothing otherwise.
+        optimizer_dtype: what the optimizer multiplies matrices in; None: in their own.
     """
 
     device: torch.device
     autocast: torch.autocast
     scaler: torch.amp.GradScaler
+    optimizer_dtype: torch.dtype | None
 
     @property
     def name(self) -> str:
@@ -83,6 +85,7 @@ def choose(name: str, mixed_precision: bool, *, expects_gpu: bool = False) -> De
         device,
         torch.autocast(device.type, dtype, enabled=mixed),
         torch.amp.GradScaler(device.type, enabled=mixed and dtype is torch.float16),
+        torch.bfloat16 if mixed and has_bf16 else None,
     )
 
 

@@ -4,10 +4,11 @@ import math
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 TIMESTEP_FREQUENCIES = 256
 MLP_RATIO = 4
+FINAL_CHANNELS = 16
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -95,17 +96,25 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Tokens [B, N, dim] -> patches [B, N, patch_dim]."""
+    """Tokens [B, N, dim] -> images [B, 3, S, S].
 
-    def __init__(self, dim: int, patch_dim: int):
+    A departure from the paper, by measurement (ADR-029): each token draws a patch of feature maps, and convolutions
+    draw the image from them, across the patches' borders. They do not see the noisy image, whose grain they would pass.
+    """
+
+    def __init__(self, dim: int, patch_size: int):
         super().__init__()
+        self.patch_size = patch_size
         self.norm = nn.LayerNorm(dim, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.Linear(dim, patch_dim)
+        self.linear = nn.Linear(dim, FINAL_CHANNELS * patch_size**2)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim))
+        self.smoothing = nn.Conv2d(FINAL_CHANNELS, FINAL_CHANNELS, 3, padding=1)
+        self.to_rgb = nn.Conv2d(FINAL_CHANNELS, 3, 3, padding=1)
 
     def forward(self, tokens: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
-        return self.linear(modulate(self.norm(tokens), shift, scale))
+        features = unpatchify(self.linear(modulate(self.norm(tokens), shift, scale)), self.patch_size)
+        return self.to_rgb(features + silu(self.smoothing(features)))
 
 
 class TinyDiT(nn.Module):
@@ -127,19 +136,23 @@ class TinyDiT(nn.Module):
     ):
         super().__init__()
         self.num_classes, self.image_size, self.patch_size = num_classes, image_size, patch_size
-        patch_dim = 3 * patch_size**2
-        self.x_embedder = nn.Linear(patch_dim, dim)
+        self.x_embedder = nn.Linear(3 * patch_size**2, dim)
         self.register_buffer("position", position_embedding(image_size // patch_size, dim), persistent=False)
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = nn.Embedding(num_classes + 1, dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.final_layer = FinalLayer(dim, patch_dim)
+        self.final_layer = FinalLayer(dim, patch_size)
         self.initialize_weights()
 
     @property
     def null_class(self) -> int:
         """The class that means none."""
         return self.num_classes
+
+    def matrices(self) -> list[nn.Parameter]:
+        """The weights of attention and of the MLPs."""
+        named = self.blocks.named_parameters()
+        return [weight for name, weight in named if weight.ndim == 2 and "adaLN_modulation" not in name]
 
     def initialize_weights(self) -> None:
         """The paper's scheme: Xavier for linear layers, small normals for the embeddings, and zero for what
@@ -156,11 +169,12 @@ class TinyDiT(nn.Module):
             if isinstance(module, Block | FinalLayer):
                 for parameter in module.adaLN_modulation.parameters():
                     nn.init.zeros_(parameter)
-        nn.init.zeros_(self.final_layer.linear.weight)
+        for parameter in self.final_layer.to_rgb.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, images: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         tokens = self.x_embedder(patchify(images, self.patch_size)) + self.position
         condition = self.t_embedder(timesteps) + self.y_embedder(classes)
         for block in self.blocks:
             tokens = block(tokens, condition)
-        return unpatchify(self.final_layer(tokens, condition), self.patch_size)
+        return self.final_layer(tokens, condition)
