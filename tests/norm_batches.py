@@ -25,6 +25,8 @@ with joined() as processes:
     outputs.backward(given["upstream"][share])
     for parameter in norm.parameters():
         processes.sum(parameter.grad)
+    mixed = synchronised(nn.Sequential(nn.BatchNorm2d(images.shape[1])), torch.device("cpu"))
+    in_bf16 = processes.gather(mixed(given["images"][share].bfloat16()).detach())
     gathered = processes.gather((outputs.detach(), images.grad))
     if processes.is_main:
         norm.eval()
@@ -34,6 +36,8 @@ with joined() as processes:
                 "images.grad": torch.cat([gradient for _, gradient in gathered]),
                 "parameters.grad": [parameter.grad for parameter in norm.parameters()],
                 "state": norm[0].state_dict(),
+                "in bf16": torch.cat(in_bf16),
+                "bf16's mean": mixed[0].running_mean,
                 "in evaluation": norm(given["images"]).detach(),
             },
             sys.argv[2],

@@ -1,5 +1,7 @@
 """The classifier's metrics, its file, and what it says without a network."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +70,12 @@ def test_the_calibration_error_of_known_probabilities_counts_every_class_alike()
 def test_where_every_answer_is_right_the_temperature_is_bounded_and_one_image_is_enough():
     assert classifier.calibration(9 * torch.eye(3), torch.arange(3))["temperature"] == pytest.approx(0.25, rel=1e-3)
     assert classifier.calibration(torch.zeros(1, 3), torch.tensor([1]))["calibration_error"] == pytest.approx(1 / 3)
+
+
+def test_of_a_model_that_diverged_the_calibration_error_is_nan():
+    assert math.isnan(
+        classifier.calibration(torch.full((4, 2), math.nan), torch.tensor([0, 1, 0, 1]))["calibration_error"]
+    )
 
 
 def test_validation_shows_the_middle_and_training_a_part_and_both_in_bytes():

@@ -125,6 +125,11 @@ def test_a_batch_norm_over_processes_is_one_over_the_whole_batch(tmp_path):
         assert torch.allclose(found["state"][name], tensor), name
     assert torch.allclose(found["in evaluation"], norm.eval()(images))
 
+    mixed, images = nn.BatchNorm2d(4), images.detach().bfloat16()
+    assert found["in bf16"].dtype == torch.bfloat16
+    assert torch.allclose(found["in bf16"], mixed(images), atol=0.02)
+    assert torch.allclose(found["bf16's mean"], mixed.running_mean)
+
 
 # --- the same as one process -------------------------------------------------------------------------------------
 

@@ -38,6 +38,8 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(images)
+        given = images.dtype
+        images = images.to(torch.promote_types(given, torch.float32))  # bf16 cannot count to three hundred
         count = images.new_tensor([images.numel() / self.num_features])
         total, sums = _sum_over_processes(torch.cat([count, images.sum((0, 2, 3))])).tensor_split([1])
         # Twice, for the mean of squares less the squared mean loses what the two have in common.
@@ -48,7 +50,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
             self.running_mean.lerp_(sums / total, self.momentum)
             self.running_var.lerp_(variance * total / (total - 1), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(given)
 
 
 class _Sum(torch.autograd.Function):

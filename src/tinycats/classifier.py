@@ -135,7 +135,7 @@ def calibration_error(probabilities: torch.Tensor, labels: torch.Tensor) -> floa
     """
     confidence, answers = probabilities.double().max(1)
     surplus = _class_weights(labels) * (confidence - (answers == labels).double())
-    bins = (confidence * BINS).long().clamp_max(BINS - 1)
+    bins = (confidence * BINS).nan_to_num().long().clamp_max(BINS - 1)  # of NaN the error is NaN
     return torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, surplus).abs().sum().item()
 
 
