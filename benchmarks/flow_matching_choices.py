@@ -9,7 +9,7 @@ steps or for as long. Compared are the EMAs, on validation images: the error of 
 the sliced Wasserstein distance of as many samples (x 1000, mean over the levels of the pyramid; the first line is
 that of real images), which does not see their contrast: hence the deviation of their pixels as a part of that
 of the validation images' pixels. Then what a network trained on ImageNet sees in them (image_features.py), at their
-size and at a quarter of it. `<output>/<variant>.png` shows 16 samples, from the same noise each.
+size, at half and at a quarter of it. `<output>/<variant>.png` shows 16 samples, from the same noise each.
 
 A bound: the error of the image is divided by the time that is left, which makes it that of the velocity, but by
 no less than the bound (the product's, if none is named; 1 leaves it the error of the image). Velocity: that is
@@ -35,7 +35,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchvision.utils import make_grid, save_image
 
 from image_features import ImageFeatures
-from sample_quality import distances_in_words, likeness_in_words, training_images, validation_images
+from sample_quality import distances_in_words, features, likeness_in_words, training_images, validation_images
 from tinycats import devices, flow_matching, frames, generator
 from tinycats.batches import TrainingBatches, load_batches
 from tinycats.datasets import open_dataset
@@ -227,6 +227,7 @@ def main() -> None:
     print(f"{'real images':58} distance {distances_in_words(pyramid_distances(others, real))}", flush=True)
     noise = generator.starting_noise(len(real), options.image_size, seed=0)
     device, network = devices.choose("cpu", mixed_precision=True), ImageFeatures()
+    seen = features(real, network)
     for name in options.variants:
         began = time.perf_counter()
         model, steps = train(images, options, **VARIANTS[name])
@@ -242,7 +243,7 @@ def main() -> None:
         words = f"contrast {samples.std() / real.std():.2f}  "
         words += f"distance {distances_in_words(pyramid_distances(samples, real))}"
         print(f"{name:20} {seconds:5.0f} s  {steps:6} steps  error {error:.4f}  {words}")
-        print(likeness_in_words(samples, real, network), flush=True)
+        print(likeness_in_words(features(samples, network), seen), flush=True)
         grid = make_grid((samples[:16] + 1) / 2, nrow=16, padding=2, pad_value=1)
         save_image(grid, options.output / f"{name.replace(',', '').replace(' ', '_')}.png")
 

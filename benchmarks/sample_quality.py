@@ -48,10 +48,15 @@ def distances_in_words(distances: dict[int, float]) -> str:
     return f"{sum(distances.values()) / len(distances):5.1f}  ({levels})"
 
 
-def likeness_in_words(samples: torch.Tensor, real: torch.Tensor, network: ImageFeatures) -> str:
-    """At the size that the images have, at half of it, and at a quarter."""
-    sides = [real.shape[-1] // part for part in (1, 2, 4) if real.shape[-1] % part == 0]
-    return "\n".join(f"    at {side:3} px  {likeness(network(samples, side), network(real, side))}" for side in sides)
+def features(images: torch.Tensor, network: ImageFeatures) -> dict[int, torch.Tensor]:
+    """What the network sees at the size that the images have, at half of it, and at a quarter."""
+    sides = [images.shape[-1] // part for part in (1, 2, 4) if images.shape[-1] % part == 0]
+    return {side: network(images, side) for side in sides}
+
+
+def likeness_in_words(samples: dict[int, torch.Tensor], real: dict[int, torch.Tensor]) -> str:
+    """A line for each size."""
+    return "\n".join(f"    at {side:3} px  {likeness(samples[side], real[side])}" for side in real)
 
 
 def nearest(images: torch.Tensor, shown: torch.Tensor) -> float:
@@ -80,8 +85,9 @@ def main() -> None:
     real, labels = validation_images(images)
     shown = training_images(images)
     network, others = ImageFeatures(), shown[: len(real)]
+    seen = features(real, network)
     print(f"real images     {distances_in_words(pyramid_distances(others, real))}")
-    print(likeness_in_words(others, real, network), flush=True)
+    print(likeness_in_words(features(others, network), seen), flush=True)
 
     names = [images.classes[label] for label in labels]
     samples = finished.sample(names, seed=options.seed, steps=options.steps, method=options.method, batch_size=64)
@@ -90,7 +96,7 @@ def main() -> None:
         save_image((samples[:32] + 1) / 2, options.picture, nrow=8, padding=2, pad_value=1)
     contrast = samples.std() / real.std()
     print(f"samples         {distances_in_words(pyramid_distances(samples, real))}  contrast {contrast:.2f}")
-    print(likeness_in_words(samples, real, network))
+    print(likeness_in_words(features(samples, network), seen))
     print(f"nearest training image: validation {nearest(real, shown):.3f}, samples {nearest(samples, shown):.3f}")
 
 
