@@ -222,12 +222,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             return processes.from_main(measured)
 
         with this.open_run(metrics, step) as run, out_of_memory_is_told(options.batch_size, "a smaller --batch-size"):
-            begins = "Resuming" if this.checkpoint else "Starting"
-            log.info("%s run %s at step %d of %d", begins, this.folder.name, step, total_steps)
-            log.info(
-                "%d images to train on, %d to validate with", len(batches.indices), len(validation_batches.indices)
-            )
-            log.info("%d classes: %s", len(classes), ", ".join(classes))
+            this.log_beginning(step, total_steps)
             if not this.checkpoint:
                 run.save(current_checkpoint)  # from here on there is something to resume
 

@@ -257,12 +257,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         told = "--accumulate 2, which computes the same in two halves, or a smaller --batch-size"
         with this.open_run(metrics, step) as run, out_of_memory_is_told(options.batch_size, told):
             parameters = sum(parameter.numel() for parameter in model.parameters())
-            begins = "Resuming" if this.checkpoint else "Starting"
-            log.info("%s run %s at step %d of %d", begins, this.folder.name, step, options.steps)
-            log.info(
-                "%d images to train on, %d to validate with", len(batches.indices), len(validation_batches.indices)
-            )
-            log.info("%d classes: %s", len(dataset.classes), ", ".join(dataset.classes))
+            this.log_beginning(step, options.steps)
             log.info("TinyDiT with %.1f million parameters, %d patches", parameters / 1e6, model.position.shape[0])
             if not this.checkpoint:
                 run.save(current_checkpoint)  # from here on there is something to resume

@@ -1,5 +1,6 @@
 """One attempt at a run: what every script begins with, before there is a model to train."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from tinycats.packed_images import PackedImages
 from tinycats.processes import Processes
 from tinycats.signals import StopSignals
 from tinycats.startup import Startup
+
+log = logging.getLogger(__name__)
 
 
 class Part(Protocol):
@@ -67,6 +70,14 @@ class Attempt:
             **{name: part.state_dict() for name, part in parts.items()},
             **rest,
         }
+
+    def log_beginning(self, step: int, steps: int) -> None:
+        """Say where the run is, and what it has to learn from."""
+        begins = "Resuming" if self.checkpoint else "Starting"
+        log.info("%s run %s at step %d of %d", begins, self.folder.name, step, steps)
+        training, validation = (len(self.dataset.indices(split)) for split in ("train", "val"))
+        log.info("%d images to train on, %d to validate with", training, validation)
+        log.info("%d classes: %s", len(self.dataset.classes), ", ".join(self.dataset.classes))
 
     def open_run(self, metrics: list[dict[str, Any]], step: int) -> AbstractContextManager[runs.Run]:
         """The run's folder, opened for training on from `step`; see `runs.open_run`."""

@@ -157,7 +157,7 @@ class Parser(argparse.ArgumentParser):
         group.add_argument(
             "--batch-size", type=whole_number(1), default=batch_size, help="images a step, over all GPUs"
         )
-        group.add_argument("--lr", type=number(above=0), default=1e-4, help="AdamW's learning rate at its peak")
+        group.add_argument("--lr", type=number(above=0), default=1e-4, help="the learning rate at its peak")
         group.add_argument(
             "--weight-decay", type=number(at_least=0), default=weight_decay, help="but none on norms and biases"
         )
