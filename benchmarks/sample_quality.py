@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--method", choices=("heun", "euler"), default="heun")
+    parser.add_argument("--method", choices=("heun", "euler"), default="euler")
     parser.add_argument("--cfg-scale", type=float, help="default: the model's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", type=Path, help="where to save a grid of samples")

@@ -97,10 +97,13 @@ class GeneratorParser(command_line.Parser):
             "--sample-steps",
             type=whole_number(1),
             metavar="STEPS",
-            help="of a grid: more are finer and slower (default: 50 on a GPU, 10 on a CPU)",
+            help="of a grid: more are finer and slower (default: 50 on a GPU, 20 on a CPU)",
         )
         sampling.add_argument(
-            "--cfg-scale", type=number(at_least=0), default=2.0, help="guidance; 1: none, more: more of its class"
+            "--cfg-scale",
+            type=number(at_least=0),
+            default=1.5,
+            help="guidance; 1: none, more: more of its class, and less of what the model was still to learn",
         )
 
     def check(self, options: Options) -> None:
@@ -184,7 +187,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     from tinycats.compilation import compile_if_possible
     from tinycats.devices import out_of_memory_is_told
     from tinycats.dit import TinyDiT
-    from tinycats.ema import ema_model
+    from tinycats.ema import EarlierEMA, ema_model
     from tinycats.flow_matching import dropped_classes, flow_matching_loss, sample_timesteps
     from tinycats.optimization import Muon, all_finite, warmup_stable_decay
 
@@ -197,7 +200,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         torch.manual_seed(seed_for(options.seed, INITIALISATION))
         shape = {name: getattr(options, name) for name in SHAPE}
         model = TinyDiT(len(dataset.classes), **shape).to(device.device)
-        ema = ema_model(model, options.ema_beta)
+        ema, earlier = ema_model(model, options.ema_beta), EarlierEMA()
         rates = options.lr, options.weight_decay, generator.BETA2
         optimizer = Muon(model, model.matrices(), *rates, device.optimizer_dtype)
         schedule = warmup_stable_decay(optimizer, options.warmup_steps, options.steps)
@@ -206,6 +209,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         parts: dict[str, Part] = {
             "model": model,
             "average": ema,
+            "guide": earlier,
             "optimizer": optimizer,
             "schedule": schedule,
             "scaler": device.scaler,
@@ -233,7 +237,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 require_sound(math.inf)
             return this.checkpoint_of(step, metrics, parts, best=best)
 
-        sample_steps = options.sample_steps or (50 if device.is_gpu else 10)
+        sample_steps = options.sample_steps or (50 if device.is_gpu else 20)
 
         @torch.no_grad()
         def validation_loss() -> float:
@@ -300,6 +304,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 schedule.step()
                 ema.update_parameters(model)
                 step += 1
+                earlier.update(ema, step)
                 loss = processes.mean(loss)
 
                 bar.update()
@@ -322,15 +327,18 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                     require_sound(value)
                     run.record({"step": step, "val_loss": value})
                     with device.autocast:
-                        grid = generator.sample_grid(
-                            ema, len(dataset.classes), options.image_size, options.cfg_scale, sample_steps, processes
-                        )
+                        how = options.cfg_scale, sample_steps, earlier.model(ema.module), processes
+                        grid = generator.sample_grid(ema, len(dataset.classes), options.image_size, *how)
                     run.image("samples", grid, step)
                     log.info(f"Step {step}/{options.steps}. Validation loss: {value:.4f}; samples/step_{step:07}.png")
                     if not best or value < best["metrics"]["val_loss"]:
                         weights = ema.module.state_dict() if processes.is_main else {}
                         weights = {name: tensor.cpu().clone() for name, tensor in weights.items()}
-                        best = {"metrics": {"step": step, "val_loss": value}, "state_dict": weights}
+                        best = {
+                            "metrics": {"step": step, "val_loss": value},
+                            "state_dict": weights,
+                            "guide": earlier.weights(),
+                        }
                     elif sum("val_loss" in row and row["step"] > best["metrics"]["step"] for row in metrics) == 2:
                         lowest = best["metrics"]
                         log.warning(
@@ -346,7 +354,8 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             finished, lowest = options.output_dir / MODEL, best["metrics"]
             if processes.is_main:
                 model_file = this.folder / MODEL
-                generator.export(model_file, best["state_dict"], shape, dataset.classes, options.cfg_scale, lowest)
+                weights, guide = best["state_dict"], best["guide"]
+                generator.export(model_file, weights, guide, shape, dataset.classes, options.cfg_scale, lowest)
                 checkpoints.publish_model(model_file, finished)
                 machine.persist()
             fetch = machine.how_to_fetch(finished)

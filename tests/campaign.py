@@ -480,29 +480,30 @@ def campaign(root: Path, short: bool, seed: int, jobs: int) -> Table:
 
     with contextlib.redirect_stdout(io.StringIO()):  # these are all in this process
         for script in both:
-            for _ in much(1500, 60):
+            for _ in much(1500, 40):
                 table.add("command lines", partial(command_line, script, data, root, next(seeds)))
-            for _ in much(75, 5):
+            for _ in much(75, 4):
                 table.add("damaged checkpoints", partial(damaged_checkpoint, script, root, next(seeds)))
                 table.add("damaged models", partial(damaged_model, script, root, next(seeds)))
-        for _ in much(150, 15):
+        for _ in much(150, 10):
             table.add("damaged packed images", partial(damaged_pack, data, root, next(seeds)))
         for _ in much(15, 2):
             table.add("damaged images", partial(damaged_images, data, root, next(seeds)))
     trials = []
+    kills = 2 if short else 4  # of a run
     for number, script in enumerate(both):  # of the slower ones the short form has one for the generator alone
         for _ in much(20, 1):
             trials.append(
                 (
                     "kills, python",
-                    partial(until_struck, killed_under_python, script, data, root, seed=next(seeds), kills=4),
+                    partial(until_struck, killed_under_python, script, data, root, seed=next(seeds), kills=kills),
                 )
             )
         for _ in much(16, number):
             trials.append(
                 (
                     "kills, on the stand-in",
-                    partial(until_struck, killed_on_modal, script, data, root, seed=next(seeds), kills=4),
+                    partial(until_struck, killed_on_modal, script, data, root, seed=next(seeds), kills=kills),
                 )
             )
         for _ in much(15, number):

@@ -77,7 +77,7 @@ def test_a_generators_distance_to_held_out_images_is_measured(small_toy, tmp_pat
     torch.manual_seed(0)
     model = TinyDiT(5, **SHAPE)
     classes = ["black", "ginger", "other", "siamese", "tabby"]
-    generator.export(tmp_path / "tiny_dit.pt", model.state_dict(), SHAPE, classes, 1.0, {})
+    generator.export(tmp_path / "tiny_dit.pt", model.state_dict(), {}, SHAPE, classes, 1.0, {})
     printed = benchmark("sample_quality.py", tmp_path / "tiny_dit.pt", small_toy, "--steps", 2)
     lines = [line.split() for line in printed.splitlines()]
     real, samples = lines[0], lines[4]

@@ -72,6 +72,29 @@ def test_guidance_of_one_is_none_zero_is_the_null_class_and_more_exaggerates():
     assert torch.allclose(samples[1.5], torch.full((5, 2), 10 + 1.5 * (2 - 10)), atol=1e-3)
 
 
+def test_a_guide_is_what_guidance_leads_away_from_and_is_not_asked_for_the_class():
+    noise, classes = torch.randn(5, 2), torch.full((5,), 2)
+    guide = lambda points, timesteps, asked: ByClass()(points, timesteps, asked) / 2  # noqa: E731
+    led = sample(ByClass(), noise, classes, 10, steps=20, guidance_scale=1.5, guide=guide)
+    assert torch.allclose(led, torch.full((5, 2), 5 + 1.5 * (2 - 5)), atol=1e-3)
+
+
+@pytest.mark.parametrize(("method", "asked"), [("euler", 10), ("heun", 19)])
+def test_the_last_step_leads_from_the_end_to_what_is_seen_there(method, asked):
+    seen = []
+
+    def model(points: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        seen.append(timesteps[0].item())
+        return points.abs()
+
+    noise = torch.randn(3, 2)
+    samples = sample(model, noise, torch.zeros(3, dtype=torch.int64), 1, steps=10, method=method, end=0.6)
+    assert len(seen) == asked
+    assert seen[0] == 0
+    assert max(seen) == seen[-1] == pytest.approx(0.6)
+    assert samples.min() >= 0, "none is negative as the model sees it: no mixture with what was there before"
+
+
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
 def test_twice_the_steps_halve_eulers_error_and_quarter_heuns(method, order):
     """Where the data are normal, the best prediction and where the path leads are known: noise z to 3 + 0.5 z."""
@@ -84,7 +107,7 @@ def test_twice_the_steps_halve_eulers_error_and_quarter_heuns(method, order):
     noise, classes = torch.randn(50, 1, dtype=torch.float64), torch.zeros(50, dtype=torch.int64)
 
     def error(steps: int) -> float:
-        samples = sample(best_prediction, noise, classes, 1, steps=steps, method=method)
+        samples = sample(best_prediction, noise, classes, 1, steps=steps, method=method, end=1)
         return (samples - (3 + 0.5 * noise)).abs().mean().item()
 
     assert error(80) < 0.02

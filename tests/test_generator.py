@@ -17,8 +17,10 @@ def exported(tmp_path):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    generator.export(tmp_path / "tiny_dit.pt", model.state_dict(), SHAPE, ["black", "tabby"], 2.0, {"val_loss": 0.5})
-    return tmp_path / "tiny_dit.pt"
+    guide = {name: weight.to(torch.bfloat16) for name, weight in TinyDiT(2, **SHAPE).state_dict().items()}
+    path = tmp_path / "tiny_dit.pt"
+    generator.export(path, model.state_dict(), guide, SHAPE, ["black", "tabby"], 2.0, {"val_loss": 0.5})
+    return path
 
 
 def test_bytes_become_numbers_from_minus_one_to_one_and_come_back():
@@ -48,6 +50,20 @@ def test_another_models_file_is_refused(tmp_path):
     checkpoints.save(tmp_path / "cats_model.pt", {"model": "classifier"})
     with pytest.raises(UserError, match="not a finished generator"):
         generator.load(tmp_path / "cats_model.pt")
+
+
+def test_guidance_leads_away_from_the_guide_and_in_a_file_without_one_from_no_class(exported):
+    loaded = generator.load(exported)
+    led = loaded.sample(["tabby"], steps=5)
+    contents = checkpoints.load(exported)
+    for nothing in ({}, None):
+        checkpoints.save(exported, contents | {"guide": nothing})
+        without = generator.load(exported)
+        assert without.guide is None
+        assert not torch.equal(without.sample(["tabby"], steps=5), led)
+    del contents["guide"]
+    checkpoints.save(exported, contents)
+    assert torch.equal(generator.load(exported).sample(["tabby"], steps=5), without.sample(["tabby"], steps=5))
 
 
 def test_torch_reads_the_file_with_weights_only(exported):

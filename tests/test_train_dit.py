@@ -20,6 +20,7 @@ from tinycats import checkpoints, classifier, command_line, devices, generator
 from tinycats.batches import INITIALISATION, seed_for
 from tinycats.datasets import open_dataset
 from tinycats.dit import TinyDiT
+from tinycats.ema import EarlierEMA
 from tinycats.errors import UserError
 from tinycats.flow_matching import flow_matching_loss, sample, sample_timesteps
 from tinycats.frames import Frame
@@ -42,8 +43,9 @@ def train_here(*arguments: object, stop: StopSignals | None = None) -> dict:
 def results(run: Path) -> tuple[dict, dict, bytes]:
     """The checkpoint's and the finished model's contents, the metrics and the last grid of samples."""
     checkpoint = checkpoints.load(run / "state.pt")
-    kept = {name: checkpoint[name] for name in ("model", "average", "optimizer", "schedule", "scaler", "step")}
-    weights = checkpoints.load(run / "tiny_dit.pt")["state_dict"]
+    kept = {name: checkpoint[name] for name in ("model", "average", "guide", "optimizer", "schedule", "scaler", "step")}
+    finished = checkpoints.load(run / "tiny_dit.pt")
+    weights = {name: finished[name] for name in ("state_dict", "guide")}
     grid = (run / "samples" / f"step_{STEPS:07}.png").read_bytes()
     return kept, weights, (run / "metrics.jsonl").read_bytes() + grid
 
@@ -84,7 +86,8 @@ def test_a_run_leaves_what_the_design_says(undisturbed):
     finished = generator.load(undisturbed.parents[1] / "tiny_dit.pt")
     assert finished.sample(["tabby", "other"], steps=2).shape == (2, 3, 32, 32)
     with devices.choose("cpu", mixed_precision=True).autocast:
-        grid = generator.sample_grid(finished.model, len(finished.classes), 32, finished.guidance_scale, steps=3)
+        how = {"steps": 3, "guide": finished.guide}
+        grid = generator.sample_grid(finished.model, len(finished.classes), 32, finished.guidance_scale, **how)
     sampled = pil_to_tensor(Image.open(undisturbed / "samples" / f"step_{finished.metrics['step']:07}.png"))
     assert torch.equal(sampled, grid)
 
@@ -224,6 +227,7 @@ def test_the_log_says_how_it_goes(undisturbed):
 @pytest.mark.slow
 def test_when_it_learns_its_photos_by_heart_it_says_so_and_keeps_what_was_best(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(EarlierEMA, "MIN_STEPS", 1)
     rng = np.random.default_rng(0)
     for split, count in (("train", 8), ("val", 16)):
         for number in range(count):
@@ -241,5 +245,8 @@ def test_when_it_learns_its_photos_by_heart_it_says_so_and_keeps_what_was_best(t
     said = re.findall(r"The validation loss has risen since step (\d+)", capsys.readouterr().out)
     assert len(said) == len(set(said)) and int(said[-1]) == lowest["step"]
     last = checkpoints.load(run / "state.pt")["average"]
-    best = checkpoints.load(run / "tiny_dit.pt")["state_dict"]
-    assert not torch.equal(last["module.x_embedder.weight"], best["x_embedder.weight"])
+    finished = checkpoints.load(run / "tiny_dit.pt")
+    best, guide = (finished[name]["x_embedder.weight"] for name in ("state_dict", "guide"))
+    assert not torch.equal(last["module.x_embedder.weight"], best)
+    assert guide.dtype == torch.bfloat16
+    assert not torch.equal(guide.float(), best), "an earlier one"

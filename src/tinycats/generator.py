@@ -16,7 +16,7 @@ from tinycats.errors import UserError
 from tinycats.flow_matching import sample
 from tinycats.processes import Processes
 
-# A grid of samples: a row a class. Each image takes two evaluations of the model a step, four with guidance.
+# A grid of samples: a row a class. Each image takes an evaluation of the model a step, two with guidance.
 COLUMNS = 8
 
 # AdamW's memory of squared gradients while training: twenty steps, not the usual thousand (ADR-026).
@@ -60,13 +60,14 @@ def sample_grid(
     image_size: int,
     guidance_scale: float,
     steps: int,
+    guide: torch.nn.Module | None = None,
     processes: Processes = Processes(),  # noqa: B008  it is immutable
 ) -> torch.Tensor | None:
     """uint8 [3, H, W]: a row a class, a column a noise, and always the same noise; in process 0 alone.
 
     Args:
         model: TinyDiT or its EMA, on any device.
-        steps: as of `sample`.
+        steps, guide: as of `sample`.
         processes: each samples some of the rows.
     """
     device = next(model.parameters()).device
@@ -74,7 +75,7 @@ def sample_grid(
     rows = []
     for label in range(num_classes)[processes.share(num_classes)]:
         classes = torch.full((COLUMNS,), label, device=device)
-        samples = sample(model, noise, classes, num_classes, steps=steps, guidance_scale=guidance_scale)
+        samples = sample(model, noise, classes, num_classes, steps=steps, guidance_scale=guidance_scale, guide=guide)
         rows.append(to_bytes(samples).cpu())
     from torchvision.utils import make_grid  # takes two seconds to import, which need not pass before training
 
@@ -89,6 +90,7 @@ class Generator:
     """A finished generator, from `load`."""
 
     model: TinyDiT
+    guide: TinyDiT | None
     classes: tuple[str, ...]
     guidance_scale: float
     metrics: dict[str, Any]
@@ -100,7 +102,7 @@ class Generator:
         seed: int = 0,
         batch_size: int = 16,
         steps: int = 50,
-        method: Literal["heun", "euler"] = "heun",
+        method: Literal["heun", "euler"] = "euler",
     ) -> torch.Tensor:
         """uint8 [len(names), 3, S, S]: an image of each named class; `steps` and `method` as of `sample`.
 
@@ -119,6 +121,7 @@ class Generator:
                 self.model.null_class,
                 steps=steps,
                 guidance_scale=self.guidance_scale,
+                guide=self.guide,
                 method=method,
             )
             for part, some in zip(noise.split(batch_size), labels.split(batch_size), strict=True)
@@ -129,6 +132,7 @@ class Generator:
 def export(
     path: Path,
     state_dict: dict[str, torch.Tensor],
+    guide: dict[str, torch.Tensor],
     shape: dict[str, int],
     classes: Sequence[str],
     guidance_scale: float,
@@ -137,6 +141,7 @@ def export(
     """Write a finished generator: the EMA's weights, and all that sampling takes. `torch.load` reads it.
 
     Args:
+        guide: the weights of `sample`'s guide; empty if there is none.
         shape: the arguments of TinyDiT but the number of classes.
 
     Raises:
@@ -151,6 +156,7 @@ def export(
         "std": [0.5] * 3,
         "metrics": metrics,
         "state_dict": state_dict,
+        "guide": guide,
     }
     checkpoints.save_model(path, contents)
 
@@ -164,7 +170,17 @@ def load(path: Path | str) -> Generator:
     contents = checkpoints.load(Path(path))
     if contents.get("model") != "tiny_dit":
         raise UserError(f"{path} is not a finished generator")
-    model = TinyDiT(len(contents["classes"]), **contents["shape"])
+    model, guide = (
+        TinyDiT(len(contents["classes"]), **contents["shape"]).eval().requires_grad_(False) for _ in range(2)
+    )
     model.load_state_dict(contents["state_dict"])
-    model.eval().requires_grad_(False)
-    return Generator(model, tuple(contents["classes"]), contents["guidance_scale"], contents["metrics"])
+    weights = contents.get("guide")  # which models of before had not
+    if weights:
+        guide.load_state_dict(weights)
+    return Generator(
+        model,
+        guide if weights else None,
+        tuple(contents["classes"]),
+        contents["guidance_scale"],
+        contents["metrics"],
+    )
