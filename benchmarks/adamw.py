@@ -12,8 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import torch
 
-from tinycats.dit import TinyDiT
-from tinycats.optimization import adamw
+from tinycats.models.dit import TinyDiT
+from tinycats.training.optimization import adamw
 
 ROUNDS = 15
 

@@ -19,12 +19,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from loader import rate
-from tinycats import devices, frames, generator
-from tinycats.batches import TrainingBatches, load_batches
-from tinycats.datasets import open_dataset
-from tinycats.dit import TinyDiT
-from tinycats.flow_matching import flow_matching_loss
-from tinycats.optimization import adamw
+from tinycats.images import frames
+from tinycats.images.batches import TrainingBatches, load_batches
+from tinycats.images.datasets import open_dataset
+from tinycats.models import generator
+from tinycats.models.dit import TinyDiT
+from tinycats.models.flow_matching import flow_matching_loss
+from tinycats.training import devices
+from tinycats.training.optimization import adamw
 
 IMAGE_SIZE = 128
 

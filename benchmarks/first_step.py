@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from modal_cloud import ModalCloud
 from pets_mirror import serve
-from tinycats.image_folders import hold_out
+from tinycats.images.image_folders import hold_out
 
 
 def dataset(photos: Path) -> dict[str, bytes]:

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinycats import classifier
-from tinycats.dit import TinyDiT
+from tinycats.models import classifier
+from tinycats.models.dit import TinyDiT
 
 REPOSITORY = Path(__file__).parents[1]
 TOLERANCE = {"train.py": 0.10, "train_dit.py": 0.10}  # of the last validation loss, relative

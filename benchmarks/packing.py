@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 from PIL import Image
 
-from tinycats import frames
-from tinycats.image_folders import scan
-from tinycats.packing import packed
+from tinycats.images import frames
+from tinycats.images.image_folders import scan
+from tinycats.images.packing import packed
 
 SIDE = frames.to_crop_from(224).side
 

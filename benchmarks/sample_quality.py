@@ -23,11 +23,12 @@ import torch
 from torchvision.utils import save_image
 
 from image_features import ImageFeatures, likeness
-from tinycats import frames, generator
-from tinycats.batches import TrainingBatches, ValidationBatches
-from tinycats.datasets import open_dataset
-from tinycats.packed_images import PackedImages
-from tinycats.sliced_wasserstein import pyramid_distances
+from tinycats.images import frames
+from tinycats.images.batches import TrainingBatches, ValidationBatches
+from tinycats.images.datasets import open_dataset
+from tinycats.images.packed_images import PackedImages
+from tinycats.models import generator
+from tinycats.models.sliced_wasserstein import pyramid_distances
 
 
 def validation_images(images: PackedImages) -> tuple[torch.Tensor, torch.Tensor]:

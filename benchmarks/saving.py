@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import torch
 
-from tinycats import checkpoints
-from tinycats.saving import Writer
+from tinycats.run import checkpoints
+from tinycats.run.saving import Writer
 
 TENSOR = 2**24  # numbers in each of the checkpoint's tensors
 

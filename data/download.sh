@@ -5,4 +5,4 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=python3
 [ -x .venv/bin/python ] && python=.venv/bin/python
-PYTHONPATH=src exec "$python" -m tinycats.oxford_pets data/cats
+PYTHONPATH=src exec "$python" -m tinycats.images.oxford_pets data/cats

@@ -23,14 +23,17 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import modal
 
-from tinycats import checkpoints, command_line, frames, modal_runs
-from tinycats.command_line import Options, number, whole_number
-from tinycats.data_dirs import is_toy
-from tinycats.errors import UserError
-from tinycats.frames import Frame
-from tinycats.machines import ThisMachine
-from tinycats.signals import StopSignals
-from tinycats.startup import Startup
+from tinycats.images import frames
+from tinycats.images.data_dirs import is_toy
+from tinycats.images.frames import Frame
+from tinycats.on_modal import container, laptop, resources
+from tinycats.run import checkpoints
+from tinycats.script import command_line
+from tinycats.script.command_line import Options, number, whole_number
+from tinycats.script.errors import UserError
+from tinycats.script.machines import ThisMachine
+from tinycats.script.signals import StopSignals
+from tinycats.script.startup import Startup
 
 # torch is imported where it is used: `modal run` works without it, and `--help` does not wait for it.
 
@@ -92,7 +95,7 @@ class ClassifierParser(command_line.Parser):
 
 
 PARSER = ClassifierParser()
-OPTIONS = modal_runs.parsed_at_import(PARSER, __file__) or PARSER.parse([], on_modal=True)
+OPTIONS = laptop.parsed_at_import(PARSER, __file__) or PARSER.parse([], on_modal=True)
 
 
 def frame_of(options: Options) -> Frame:
@@ -108,17 +111,17 @@ app = modal.App("tiny-cats-model")
 TIMEOUT = round(3600 * OPTIONS.timeout)
 
 
-@app.function(**modal_runs.WITHOUT_GPU, timeout=TIMEOUT)
+@app.function(**resources.WITHOUT_GPU, timeout=TIMEOUT)
 def prepare_on_modal(payload: dict) -> dict:
     """What needs no GPU: the images are prepared, then `train_on_modal` is called."""
-    return modal_runs.prepare_in_container(train_on_modal, payload)
+    return container.prepare(train_on_modal, payload)
 
 
-@app.function(**modal_runs.with_gpu(OPTIONS.gpu), timeout=TIMEOUT)
-@modal_runs.on_nodes(OPTIONS.nodes)
+@app.function(**resources.with_gpu(OPTIONS.gpu), timeout=TIMEOUT)
+@resources.on_nodes(OPTIONS.nodes)
 def train_on_modal(payload: dict) -> dict:
     """One attempt at a run, in a container; every attempt gets the same payload."""
-    return modal_runs.train_in_container(PARSER, train, prepare_on_modal, payload)
+    return container.train(PARSER, train, prepare_on_modal, payload)
 
 
 # --- training ----------------------------------------------------------------------------------------------------
@@ -140,12 +143,12 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     from torch.nn.functional import cross_entropy
     from tqdm import tqdm
 
-    from tinycats import classifier
-    from tinycats.attempts import Part, attempt
-    from tinycats.batch_norm import synchronised
-    from tinycats.batches import INITIALISATION, TrainingBatches, ValidationBatches, load_batches, seed_for
-    from tinycats.devices import out_of_memory_is_told
-    from tinycats.optimization import adamw, all_finite, warmup_cosine
+    from tinycats.images.batches import INITIALISATION, TrainingBatches, ValidationBatches, load_batches, seed_for
+    from tinycats.models import classifier
+    from tinycats.models.batch_norm import synchronised
+    from tinycats.run.attempts import Part, attempt
+    from tinycats.training.devices import out_of_memory_is_told
+    from tinycats.training.optimization import adamw, all_finite, warmup_cosine
 
     with attempt(PARSER.prog, options, frame_of, stop, machine, startup) as this:
         options, dataset, device, processes = this.options, this.dataset, this.device, this.processes
@@ -313,7 +316,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
 @app.local_entrypoint()
 def main(*arguments: str) -> None:
     """`modal run src/train.py …`: check, submit, follow."""
-    modal_runs.submit(train_on_modal, prepare_on_modal, PARSER, frame_of, arguments)
+    laptop.submit(train_on_modal, prepare_on_modal, PARSER, frame_of, arguments)
 
 
 if __name__ == "__main__":

@@ -24,14 +24,17 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import modal
 
-from tinycats import checkpoints, command_line, frames, modal_runs
-from tinycats.command_line import Options, number, whole_number
-from tinycats.data_dirs import is_toy
-from tinycats.errors import UserError
-from tinycats.frames import Frame
-from tinycats.machines import ThisMachine
-from tinycats.signals import StopSignals
-from tinycats.startup import Startup
+from tinycats.images import frames
+from tinycats.images.data_dirs import is_toy
+from tinycats.images.frames import Frame
+from tinycats.on_modal import container, laptop, resources
+from tinycats.run import checkpoints
+from tinycats.script import command_line
+from tinycats.script.command_line import Options, number, whole_number
+from tinycats.script.errors import UserError
+from tinycats.script.machines import ThisMachine
+from tinycats.script.signals import StopSignals
+from tinycats.script.startup import Startup
 
 # torch is imported where it is used: `modal run` works without it, and `--help` does not wait for it.
 
@@ -125,7 +128,7 @@ class GeneratorParser(command_line.Parser):
 
 
 PARSER = GeneratorParser()
-OPTIONS = modal_runs.parsed_at_import(PARSER, __file__) or PARSER.parse([], on_modal=True)
+OPTIONS = laptop.parsed_at_import(PARSER, __file__) or PARSER.parse([], on_modal=True)
 
 
 def frame_of(options: Options) -> Frame:
@@ -141,17 +144,17 @@ app = modal.App("tiny-cats-dit")
 TIMEOUT = round(3600 * OPTIONS.timeout)
 
 
-@app.function(**modal_runs.WITHOUT_GPU, timeout=TIMEOUT)
+@app.function(**resources.WITHOUT_GPU, timeout=TIMEOUT)
 def prepare_on_modal(payload: dict) -> dict:
     """What needs no GPU: the images are prepared, then `train_on_modal` is called."""
-    return modal_runs.prepare_in_container(train_on_modal, payload)
+    return container.prepare(train_on_modal, payload)
 
 
-@app.function(**modal_runs.with_gpu(OPTIONS.gpu), timeout=TIMEOUT)
-@modal_runs.on_nodes(OPTIONS.nodes)
+@app.function(**resources.with_gpu(OPTIONS.gpu), timeout=TIMEOUT)
+@resources.on_nodes(OPTIONS.nodes)
 def train_on_modal(payload: dict) -> dict:
     """One attempt at a run, in a container; every attempt gets the same payload."""
-    return modal_runs.train_in_container(PARSER, train, prepare_on_modal, payload)
+    return container.train(PARSER, train, prepare_on_modal, payload)
 
 
 # --- training ----------------------------------------------------------------------------------------------------
@@ -172,9 +175,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     import torch
     from tqdm import tqdm
 
-    from tinycats import generator
-    from tinycats.attempts import Part, attempt
-    from tinycats.batches import (
+    from tinycats.images.batches import (
         INITIALISATION,
         NOISE,
         PATH,
@@ -184,12 +185,14 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         load_batches,
         seed_for,
     )
-    from tinycats.compilation import compile_if_possible
-    from tinycats.devices import out_of_memory_is_told
-    from tinycats.dit import TinyDiT
-    from tinycats.ema import EarlierEMA, ema_model
-    from tinycats.flow_matching import dropped_classes, flow_matching_loss, sample_timesteps
-    from tinycats.optimization import Muon, all_finite, warmup_stable_decay
+    from tinycats.models import generator
+    from tinycats.models.dit import TinyDiT
+    from tinycats.models.ema import EarlierEMA, ema_model
+    from tinycats.models.flow_matching import dropped_classes, flow_matching_loss, sample_timesteps
+    from tinycats.run.attempts import Part, attempt
+    from tinycats.training.compilation import compile_if_possible
+    from tinycats.training.devices import out_of_memory_is_told
+    from tinycats.training.optimization import Muon, all_finite, warmup_stable_decay
 
     with attempt(PARSER.prog, options, frame_of, stop, machine, startup) as this:
         options, dataset, device, processes = this.options, this.dataset, this.device, this.processes
@@ -370,7 +373,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
 @app.local_entrypoint()
 def main(*arguments: str) -> None:
     """`modal run src/train_dit.py …`: check, submit, follow."""
-    modal_runs.submit(train_on_modal, prepare_on_modal, PARSER, frame_of, arguments)
+    laptop.submit(train_on_modal, prepare_on_modal, PARSER, frame_of, arguments)
 
 
 if __name__ == "__main__":

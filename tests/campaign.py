@@ -41,14 +41,17 @@ import train
 import train_dit
 from conftest import REPOSITORY, WARM_PYTHON, damage, script_process
 from modal_cloud import ModalCloud
-from tinycats import checkpoints, classifier, generator, modal_runs
-from tinycats.datasets import open_dataset
-from tinycats.decoding import decode
-from tinycats.errors import UserError
-from tinycats.frames import Frame
-from tinycats.runs import log_to_stdout
-from tinycats.signals import StopSignals
-from tinycats.toy_cats import draw_toy_cats
+from tinycats.images.datasets import open_dataset
+from tinycats.images.decoding import decode
+from tinycats.images.frames import Frame
+from tinycats.images.toy_cats import draw_toy_cats
+from tinycats.models import classifier, generator
+from tinycats.on_modal import laptop
+from tinycats.run import checkpoints
+from tinycats.run.runs import log_to_stdout
+from tinycats.script.errors import UserError
+from tinycats.script.machines import ThisMachine
+from tinycats.script.signals import StopSignals
 
 SAME, REFUSED = "same end", "refused with a line"
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -368,7 +371,7 @@ def command_line(script: Script, data: Path, root: Path, seed: int) -> Iterator[
             options = parser.parse(words, on_modal=on_modal)
             if on_modal:
                 try:
-                    modal_runs._check(options)
+                    laptop._check(options)
                 except UserError as error:
                     parser.error(str(error))
         except SystemExit as end:
@@ -394,7 +397,7 @@ def command_line(script: Script, data: Path, root: Path, seed: int) -> Iterator[
         with contextlib.redirect_stdout(io.StringIO()):
             log_to_stdout()
             try:
-                script.module.train(options, stop, modal_runs.ThisMachine(script.name))
+                script.module.train(options, stop, ThisMachine(script.name))
             except UserError as error:
                 require_one_line(f"{error}\n", "")
                 yield REFUSED

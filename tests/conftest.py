@@ -16,8 +16,8 @@ from filelock import FileLock
 from modal_cloud import ModalCloud
 from modal_cloud.warm_python import WarmPython
 from pets_mirror import Mirror, serve
-from tinycats import oxford_pets
-from tinycats.toy_cats import draw_toy_cats
+from tinycats.images import oxford_pets
+from tinycats.images.toy_cats import draw_toy_cats
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"  # real photos, where a developer has them

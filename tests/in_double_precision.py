@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import torch
 
-from tinycats import command_line
+from tinycats.script import command_line
 
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double

@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 import torch
 from torch import nn
 
-from tinycats.batch_norm import synchronised
-from tinycats.processes import joined
+from tinycats.models.batch_norm import synchronised
+from tinycats.training.processes import joined
 
 with joined() as processes:
     given = torch.load(sys.argv[1])

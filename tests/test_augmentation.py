@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torchvision.transforms import v2
 
-from tinycats.augmentation import ASPECTS, BatchRng, middle_crops, mirror_half, random_boxes, random_crops
+from tinycats.images.augmentation import ASPECTS, BatchRng, middle_crops, mirror_half, random_boxes, random_crops
 
 SCALE = (0.35, 1.0)
 

@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from tinycats import checkpoints
-from tinycats.checkpoints import DamagedFile
-from tinycats.errors import UserError
+from tinycats.run import checkpoints
+from tinycats.run.checkpoints import DamagedFile
+from tinycats.script.errors import UserError
 
 
 def checkpoint(step: int) -> dict:
@@ -50,7 +50,7 @@ def test_a_file_cut_off_anywhere_is_noticed(tmp_path):
 
 
 def test_a_damaged_state_is_reported_and_passed_over_for_the_previous(tmp_path, capsys):
-    from tinycats.runs import log_to_stdout
+    from tinycats.run.runs import log_to_stdout
 
     log_to_stdout()
     checkpoints.save_checkpoint(tmp_path, checkpoint(1))
@@ -104,11 +104,11 @@ def test_a_full_disk_leaves_both_old_states_and_no_half_written_one(tmp_path):
     # The limit on a file's size is the one full disk that every machine can have.
     program = f"""
 import resource, sys
-sys.path.insert(0, {str(checkpoints.__file__).rsplit("/", 2)[0]!r})
+sys.path.insert(0, {str(checkpoints.__file__).rsplit("/", 3)[0]!r})
 from pathlib import Path
 import torch
-from tinycats import checkpoints
-from tinycats.errors import UserError
+from tinycats.run import checkpoints
+from tinycats.script.errors import UserError
 folder = Path({str(tmp_path)!r})
 for step in (1, 2):
     checkpoints.save_checkpoint(folder, {{"step": step, "weights": torch.zeros(100_000)}})

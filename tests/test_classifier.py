@@ -7,10 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tinycats import checkpoints, classifier, frames
-from tinycats.augmentation import BatchRng
-from tinycats.decoding import decode
-from tinycats.errors import TransientError, UserError
+from tinycats.images import frames
+from tinycats.images.augmentation import BatchRng
+from tinycats.images.decoding import decode
+from tinycats.models import classifier
+from tinycats.run import checkpoints
+from tinycats.script.errors import TransientError, UserError
 
 
 def test_accuracies_of_a_known_confusion():

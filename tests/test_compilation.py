@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from tinycats import devices
-from tinycats.compilation import compile_if_possible
-from tinycats.dit import TinyDiT
-from tinycats.durable_files import read_whole
-from tinycats.runs import log_to_stdout
+from tinycats.models.dit import TinyDiT
+from tinycats.run.durable_files import read_whole
+from tinycats.run.runs import log_to_stdout
+from tinycats.training import devices
+from tinycats.training.compilation import compile_if_possible
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinycats import decoding
-from tinycats.decoding import decode
-from tinycats.frames import Frame
+from tinycats.images import decoding
+from tinycats.images.decoding import decode
+from tinycats.images.frames import Frame
 
 RED = (200, 30, 40)
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tinycats import devices
-from tinycats.errors import UserError
+from tinycats.script.errors import UserError
+from tinycats.training import devices
 
 
 def test_a_device_that_is_not_there_is_one_line():

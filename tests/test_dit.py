@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tinycats.dit import Block, TinyDiT, patchify, unpatchify
+from tinycats.models.dit import Block, TinyDiT, patchify, unpatchify
 
 
 def small(**options) -> TinyDiT:

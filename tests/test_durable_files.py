@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tinycats.durable_files import atomic_folder, atomic_write, publish_copy
+from tinycats.run.durable_files import atomic_folder, atomic_write, publish_copy
 
 
 def test_a_file_that_fails_halfway_leaves_the_old_one_and_nothing_else(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tinycats.ema import EarlierEMA, ema_model
+from tinycats.models.ema import EarlierEMA, ema_model
 
 
 def test_its_decay_is_warmed_up_so_that_a_short_run_is_not_noise():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tinycats.flow_matching import (
+from tinycats.models.flow_matching import (
     dropped_classes,
     flow_matching_loss,
     implied_velocity,

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from tinycats import checkpoints, generator
-from tinycats.dit import TinyDiT
-from tinycats.errors import UserError
+from tinycats.models import generator
+from tinycats.models.dit import TinyDiT
+from tinycats.run import checkpoints
+from tinycats.script.errors import UserError
 
 SHAPE = {"image_size": 16, "patch_size": 4, "dim": 32, "depth": 2, "heads": 2}
 

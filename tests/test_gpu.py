@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from tinycats import devices, processes
-from tinycats.batch_norm import synchronised
-from tinycats.errors import UserError
-from tinycats.optimization import adamw
-from tinycats.saving import Writer
+from tinycats.models.batch_norm import synchronised
+from tinycats.run.saving import Writer
+from tinycats.script.errors import UserError
+from tinycats.training import devices, processes
+from tinycats.training.optimization import adamw
 
 pytestmark = [
     pytest.mark.gpu,

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tinycats.errors import UserError
-from tinycats.image_folders import scan
+from tinycats.images.image_folders import scan
+from tinycats.script.errors import UserError
 
 
 def fill(root: Path, *paths: str) -> Path:

@@ -18,9 +18,10 @@ from PIL import Image
 from conftest import REPOSITORY, SMALL, WARM_PYTHON
 from modal_cloud import Fault, Finished, ModalCloud
 from modal_cloud.containers import Container
-from tinycats import checkpoints, classifier, generator
-from tinycats.image_folders import scan
-from tinycats.uploads import Upload
+from tinycats.images.image_folders import scan
+from tinycats.models import classifier, generator
+from tinycats.on_modal.uploads import Upload
+from tinycats.run import checkpoints
 
 SCRIPT = REPOSITORY / "src" / "train.py"
 EPOCHS = 3  # of five steps each, with SMALL
@@ -91,7 +92,7 @@ def test_train_list_fetch_and_predict(modal_cloud, tmp_path):
     """Past failures 1 (positional arguments), 2 (modules missing in the container).
 
     Seen to fail with `def main(data_dir: str = "data/cats")` as the entry point («unexpected extra argument»),
-    and without `.add_local_python_source("tinycats")` in modal_runs.IMAGE («No module named 'tinycats'»).
+    and without `.add_local_python_source("tinycats")` in resources.IMAGE («No module named 'tinycats'»).
     """
     result = modal_cloud.run("modal", "run", SCRIPT, "data/toy", "--epochs", "1", cwd=tmp_path)
     assert result.status == 0, result.output
@@ -110,7 +111,7 @@ def test_train_list_fetch_and_predict(modal_cloud, tmp_path):
 
 
 def test_what_is_asked_of_modal_and_two_gpus_are_a_process_each(modal_cloud, small_folder, tmp_path):
-    """Also with options behind a `--`; and nothing but `modal` is imported on the laptop (test_modal_runs.py). All
+    """Also with options behind a `--`; and nothing but `modal` is imported on the laptop (test_laptop.py). All
     processes stop when the container is preempted, one state is committed, and the next container's go on from it.
 
     Seen to fail with the address that torch's launcher takes by default: a container's host name is not known to it.
@@ -196,7 +197,7 @@ def test_with_no_arguments_real_cats_are_prepared_once_in_the_volume(modal_cloud
     """Past failures 3 (the download script is not in the container) and 4 (data/cats looked up in the container's
     working directory).
 
-    Seen to fail with `subprocess.run(["bash", "data/download.sh"], check=True)` in modal_runs._prepare, and
+    Seen to fail with `subprocess.run(["bash", "data/download.sh"], check=True)` in container._prepare, and
     with `str(options.data_dir)` for `str(data_dir)` in the payload.
     """
     weights_of_imagenet(modal_cloud, tmp_path)
@@ -224,7 +225,7 @@ def test_preparing_survives_a_preemption_a_crash_and_the_laptops_end(modal_cloud
     """And is called for once: the container that dies after it has called for the training calls for it again, and the
     second call finds out that the first is at work.
 
-    Seen to fail with `return None` in modal_runs._other_call (two calls train the same run).
+    Seen to fail with `return None` in container._other_call (two calls train the same run).
     """
     for number, kind in enumerate(("preempt", "kill"), start=1):
         modal_cloud.fail(number, Fault(kind, volume="cats-dataset"), "prepare_on_modal")
@@ -465,7 +466,7 @@ def test_detached_it_outlives_its_laptop_even_when_it_is_preempted_then(
 ):
     """Past failure 5: the run died with the terminal that had started it.
 
-    Seen to fail with `function.remote(payload)` for `function.spawn(payload).get()` in modal_runs.submit: the
+    Seen to fail with `function.remote(payload)` for `function.spawn(payload).get()` in laptop.submit: the
     timeout is then nobody's to retry.
     """
     modal_cloud.fail(1, Fault("timeout", after_commits=2))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from tinycats.optimization import Muon, adamw, orthogonalized, warmup_cosine, warmup_stable_decay
+from tinycats.training.optimization import Muon, adamw, orthogonalized, warmup_cosine, warmup_stable_decay
 
 
 def test_norms_and_biases_do_not_decay():

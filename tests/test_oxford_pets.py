@@ -9,9 +9,9 @@ import pytest
 
 from conftest import REPOSITORY
 from pets_mirror import dataset_files, jpeg
-from tinycats import oxford_pets
-from tinycats.errors import TransientError, UserError
-from tinycats.image_folders import scan
+from tinycats.images import oxford_pets
+from tinycats.images.image_folders import scan
+from tinycats.script.errors import TransientError, UserError
 
 
 @pytest.fixture

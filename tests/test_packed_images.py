@@ -9,12 +9,12 @@ from PIL import Image
 
 from conftest import damage
 from test_packing import RED, folder_with, pack
-from tinycats import packed_images
-from tinycats.durable_files import DamagedFile
-from tinycats.errors import TransientError
-from tinycats.frames import Frame
-from tinycats.packed_images import PackedImages, copy_packed
-from tinycats.runs import log_to_stdout
+from tinycats.images import packed_images
+from tinycats.images.frames import Frame
+from tinycats.images.packed_images import PackedImages, copy_packed
+from tinycats.run.durable_files import DamagedFile
+from tinycats.run.runs import log_to_stdout
+from tinycats.script.errors import TransientError
 
 
 def noise(root: Path, count: int = 5, size: tuple[int, int] = (20, 18)) -> Path:

@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from test_decoding import RED, bomb
-from tinycats import decoding, packing
-from tinycats.errors import UserError
-from tinycats.frames import Frame
-from tinycats.image_folders import scan
-from tinycats.packed_images import PackedImages
-from tinycats.packing import packed
-from tinycats.runs import log_to_stdout
+from tinycats.images import decoding, packing
+from tinycats.images.frames import Frame
+from tinycats.images.image_folders import scan
+from tinycats.images.packed_images import PackedImages
+from tinycats.images.packing import packed
+from tinycats.run.runs import log_to_stdout
+from tinycats.script.errors import UserError
 
 FRAME = Frame(16)
 

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tinycats.prefetching import prefetch
+from tinycats.images.prefetching import prefetch
 
 
 def test_results_come_in_order_whatever_each_takes():

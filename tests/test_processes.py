@@ -21,13 +21,14 @@ import train
 import train_dit
 from conftest import REPOSITORY, SMALL, processes, run_quietly, script_process
 from test_train_dit import same
-from tinycats import checkpoints, launcher
-from tinycats.batches import TrainingBatches, ValidationBatches
-from tinycats.classifier import training_transform, validation_transform
-from tinycats.datasets import open_dataset
-from tinycats.errors import TransientError
-from tinycats.frames import Frame
-from tinycats.processes import LOST_PEER, Processes
+from tinycats.images.batches import TrainingBatches, ValidationBatches
+from tinycats.images.datasets import open_dataset
+from tinycats.images.frames import Frame
+from tinycats.models.classifier import training_transform, validation_transform
+from tinycats.run import checkpoints
+from tinycats.script import launcher
+from tinycats.script.errors import TransientError
+from tinycats.training.processes import LOST_PEER, Processes
 
 DOUBLE = "../tests/in_double_precision.py"
 CLASSIFIER = ("train.py", *SMALL, "--batch-size", "5", "--epochs", "3")
@@ -242,7 +243,8 @@ LAUNCHED = f"""
 import sys
 sys.path.insert(0, {str(REPOSITORY / "src")!r})
 import train_dit
-from tinycats import command_line, launcher, processes
+from tinycats.script import command_line, launcher
+from tinycats.training import processes
 launcher.gpus_here = lambda device: 0 if processes.here().count > 1 else 2  # as on a machine with two GPUs
 sys.exit(command_line.run_on_this_machine(train_dit.PARSER, train_dit.train))
 """

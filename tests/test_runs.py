@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from tinycats import checkpoints
-from tinycats.errors import UserError
-from tinycats.machines import ThisMachine
-from tinycats.modal_runs import Container
-from tinycats.processes import Processes
-from tinycats.runs import open_run
-from tinycats.signals import Stopped, StopSignals
+from tinycats.on_modal.container import Container
+from tinycats.run import checkpoints
+from tinycats.run.runs import open_run
+from tinycats.script.errors import UserError
+from tinycats.script.machines import ThisMachine
+from tinycats.script.signals import Stopped, StopSignals
+from tinycats.training.processes import Processes
 
 
 def open_below(folder: Path) -> list[Path]:

@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from tinycats.errors import UserError
-from tinycats.saving import Writer
+from tinycats.run.saving import Writer
+from tinycats.script.errors import UserError
 
 
 def test_what_is_saved_is_what_was_there_when_saving_was_asked_for():

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from tinycats.shuffling import Shuffle
+from tinycats.images.shuffling import Shuffle
 
 
 def whole(count: int, key: int) -> np.ndarray:

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from tinycats.signals import Stopped, StopSignals
+from tinycats.script.signals import Stopped, StopSignals
 
 
 def test_before_training_a_signal_stops_the_program_where_it_stands():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from tinycats.sliced_wasserstein import laplacian_pyramid, pyramid_distances, sliced_wasserstein
+from tinycats.models.sliced_wasserstein import laplacian_pyramid, pyramid_distances, sliced_wasserstein
 
 
 def random_numbers(seed):

@@ -5,8 +5,8 @@ import time
 
 import torch
 
-from tinycats.runs import log_to_stdout
-from tinycats.startup import Startup
+from tinycats.run.runs import log_to_stdout
+from tinycats.script.startup import Startup
 
 
 def test_each_phase_has_its_seconds_and_they_are_told_once(capsys):

@@ -3,8 +3,8 @@
 import numpy as np
 from PIL import Image
 
-from tinycats.image_folders import scan
-from tinycats.toy_cats import CLASSES, SIZE, draw_toy_cats
+from tinycats.images.image_folders import scan
+from tinycats.images.toy_cats import CLASSES, SIZE, draw_toy_cats
 
 
 def pixels(folder):

@@ -17,11 +17,13 @@ from PIL import Image
 
 import train
 from conftest import SMALL, run_quietly, script_process
-from tinycats import checkpoints, classifier, oxford_pets
-from tinycats.errors import UserError
-from tinycats.machines import ThisMachine
-from tinycats.runs import log_to_stdout
-from tinycats.signals import Stopped, StopSignals
+from tinycats.images import oxford_pets
+from tinycats.models import classifier
+from tinycats.run import checkpoints
+from tinycats.run.runs import log_to_stdout
+from tinycats.script.errors import UserError
+from tinycats.script.machines import ThisMachine
+from tinycats.script.signals import Stopped, StopSignals
 
 EPOCHS = 3  # of five steps each, with SMALL
 

@@ -16,17 +16,20 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 import train_dit
 from conftest import run_quietly, script_process
-from tinycats import checkpoints, classifier, command_line, devices, generator
-from tinycats.batches import INITIALISATION, seed_for
-from tinycats.datasets import open_dataset
-from tinycats.dit import TinyDiT
-from tinycats.ema import EarlierEMA
-from tinycats.errors import UserError
-from tinycats.flow_matching import flow_matching_loss, sample, sample_timesteps
-from tinycats.frames import Frame
-from tinycats.machines import ThisMachine
-from tinycats.runs import log_to_stdout
-from tinycats.signals import StopSignals
+from tinycats.images.batches import INITIALISATION, seed_for
+from tinycats.images.datasets import open_dataset
+from tinycats.images.frames import Frame
+from tinycats.models import classifier, generator
+from tinycats.models.dit import TinyDiT
+from tinycats.models.ema import EarlierEMA
+from tinycats.models.flow_matching import flow_matching_loss, sample, sample_timesteps
+from tinycats.run import checkpoints
+from tinycats.run.runs import log_to_stdout
+from tinycats.script import command_line
+from tinycats.script.errors import UserError
+from tinycats.script.machines import ThisMachine
+from tinycats.script.signals import StopSignals
+from tinycats.training import devices
 
 STEPS = 30
 SMALL = ("--image-size", "32", "--patch-size", "8", "--dim", "64", "--depth", "2", "--heads", "2")
@@ -194,7 +197,7 @@ def test_a_loss_that_diverges_or_is_zero_stops_the_run_with_the_reason(small_toy
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="training diverged"):
         train_here(small_toy, *SMALL, "--lr", "1e30", "--gradient-clip", "0", "--warmup-steps", "0")
-    nothing = "tinycats.flow_matching.flow_matching_loss"
+    nothing = "tinycats.models.flow_matching.flow_matching_loss"
     monkeypatch.setattr(nothing, lambda model, noise, images, *condition: 0 * model(noise, *condition).mean())
     with pytest.raises(UserError, match="exactly 0 at step 20: nothing is being learned"):
         train_here(small_toy, *SMALL)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from tinycats import uploads
-from tinycats.errors import UserError
-from tinycats.image_folders import scan
-from tinycats.uploads import Upload, is_upload, unpack
+from tinycats.images.image_folders import scan
+from tinycats.on_modal import uploads
+from tinycats.on_modal.uploads import Upload, is_upload, unpack
+from tinycats.script.errors import UserError
 
 
 @pytest.fixture

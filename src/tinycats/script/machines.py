@@ -5,11 +5,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
-from tinycats.errors import UserError
-from tinycats.frames import Frame
+from tinycats.images.frames import Frame
+from tinycats.script.errors import UserError
 
 if TYPE_CHECKING:
-    from tinycats.packed_images import PackedImages
+    from tinycats.images.packed_images import PackedImages
 
 
 class ThisMachine:
@@ -26,7 +26,7 @@ class ThisMachine:
 
     def open_dataset(self, data_dir: Path, frame: Frame, output_dir: Path) -> "PackedImages":
         """The images of `data_dir`, ready for random access; see `datasets.open_dataset`."""
-        from tinycats.datasets import open_dataset  # needs numpy and Pillow, which `modal run` works without
+        from tinycats.images.datasets import open_dataset  # needs numpy and Pillow, which `modal run` works without
 
         return open_dataset(data_dir, frame, fallback=output_dir)
 

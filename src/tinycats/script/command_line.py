@@ -10,12 +10,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from tinycats import checkpoints, launcher, processes, runs
-from tinycats.data_dirs import CATS, TOY, is_cats, problem_with
-from tinycats.errors import UserError, looking_at_what_the_user_named, one_line
-from tinycats.gpus import KINDS
-from tinycats.machines import ThisMachine
-from tinycats.signals import Stopped, StopSignals
+from tinycats.images.data_dirs import CATS, TOY, is_cats, problem_with
+from tinycats.on_modal.gpus import KINDS
+from tinycats.run import checkpoints, runs
+from tinycats.script import launcher
+from tinycats.script.errors import UserError, looking_at_what_the_user_named, one_line
+from tinycats.script.machines import ThisMachine
+from tinycats.script.signals import Stopped, StopSignals
+from tinycats.training import processes
 
 log = logging.getLogger(__name__)
 

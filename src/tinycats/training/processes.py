@@ -12,8 +12,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from tinycats.errors import TransientError, UserError
-from tinycats.signals import Stopped
+from tinycats.script.errors import TransientError, UserError
+from tinycats.script.signals import Stopped
 
 if TYPE_CHECKING:
     import torch

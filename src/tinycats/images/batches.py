@@ -7,12 +7,12 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from tinycats.augmentation import BatchRng
-from tinycats.errors import UserError
-from tinycats.packed_images import PackedImages
-from tinycats.prefetching import prefetch
-from tinycats.processes import Processes
-from tinycats.shuffling import Shuffle
+from tinycats.images.augmentation import BatchRng
+from tinycats.images.packed_images import PackedImages
+from tinycats.images.prefetching import prefetch
+from tinycats.images.shuffling import Shuffle
+from tinycats.script.errors import UserError
+from tinycats.training.processes import Processes
 
 # What a random number is for. Streams with different purposes must not share numbers.
 SHUFFLING, AUGMENTATION, INITIALISATION, PATH, NOISE, VALIDATION, SAMPLING = range(7)

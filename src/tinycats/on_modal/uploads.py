@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from tinycats.errors import UserError
-from tinycats.image_folders import ImageFile, ImageFolder, scan
+from tinycats.images.image_folders import ImageFile, ImageFolder, scan
+from tinycats.script.errors import UserError
 
 RECEIPT = ".uploaded"
 PART_BYTES = 2**27  # images go into an archive until it is as large as this

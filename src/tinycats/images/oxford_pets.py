@@ -3,7 +3,7 @@
 The twelve breeds of cats become a class each and all dogs together `other`; the official trainval and test
 lists become `train` and `val`. Run as a program by data/download.sh:
 
-    python -m tinycats.oxford_pets data/cats
+    python -m tinycats.images.oxford_pets data/cats
 """
 
 import logging
@@ -16,9 +16,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinycats.durable_files import atomic_folder
-from tinycats.errors import TransientError, UserError
-from tinycats.image_folders import hold_out
+from tinycats.images.image_folders import hold_out
+from tinycats.run.durable_files import atomic_folder
+from tinycats.script.errors import TransientError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def _mirrored(resources: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], 
 
 
 def main() -> int:
-    """`python -m tinycats.oxford_pets DESTINATION`, for data/download.sh."""
+    """`python -m tinycats.images.oxford_pets DESTINATION`, for data/download.sh."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         download(Path(sys.argv[1]))

@@ -11,8 +11,8 @@ import pickle
 from pathlib import Path
 from typing import IO, Any, cast
 
-from tinycats.durable_files import DamagedFile, DigestingWriter, atomic_write, publish_copy, read_whole
-from tinycats.errors import UserError
+from tinycats.run.durable_files import DamagedFile, DigestingWriter, atomic_write, publish_copy, read_whole
+from tinycats.script.errors import UserError
 
 log = logging.getLogger(__name__)
 

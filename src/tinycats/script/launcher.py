@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tinycats.errors import TransientError
-from tinycats.processes import LOST_PEER
-from tinycats.signals import STOP_SIGNALS, Stopped
+from tinycats.script.errors import TransientError
+from tinycats.script.signals import STOP_SIGNALS, Stopped
+from tinycats.training.processes import LOST_PEER
 
 # Seconds for the processes to save when they are asked to stop; where one has died torch gives the others 30.
 PATIENCE = 600

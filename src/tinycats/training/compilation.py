@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from tinycats.devices import Device
-from tinycats.dit import TinyDiT
-from tinycats.durable_files import DamagedFile, atomic_write, footer, read_whole
-from tinycats.errors import one_line
+from tinycats.models.dit import TinyDiT
+from tinycats.run.durable_files import DamagedFile, atomic_write, footer, read_whole
+from tinycats.script.errors import one_line
+from tinycats.training.devices import Device
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tinycats.errors import UserError
-from tinycats.processes import here
+from tinycats.script.errors import UserError
+from tinycats.training.processes import here
 
 log = logging.getLogger(__name__)
 

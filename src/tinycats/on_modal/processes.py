@@ -3,7 +3,7 @@
 Volumes and calls belong to the process that Modal starts. It has the others started by torch's launcher, copies the
 images for all of them, commits when process 0 has saved, and hands on what they return or raise. They are
 
-    python -m tinycats.modal_processes <module of the script> <address>
+    python -m tinycats.on_modal.processes <module of the script> <address>
 """
 
 import importlib
@@ -20,15 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 import modal
 
-from tinycats import launcher, modal_runs, processes, runs
-from tinycats.command_line import Options
-from tinycats.errors import TransientError, UserError
-from tinycats.frames import Frame
-from tinycats.machines import ThisMachine
-from tinycats.signals import Stopped, StopSignals
+from tinycats.images.frames import Frame
+from tinycats.on_modal.container import Container, NotPrepared, options_of
+from tinycats.run import runs
+from tinycats.script import launcher
+from tinycats.script.command_line import Options
+from tinycats.script.errors import TransientError, UserError
+from tinycats.script.machines import ThisMachine
+from tinycats.script.signals import Stopped, StopSignals
+from tinycats.training import processes
 
 if TYPE_CHECKING:
-    from tinycats.packed_images import PackedImages
+    from tinycats.images.packed_images import PackedImages
 
 _KEY = "TINYCATS_CONTAINER_KEY"
 
@@ -72,7 +75,7 @@ _METHODS = ("payload", "packed_folder", "persist", "has_returned", "has_raised")
 _Manager.register("host", exposed=_METHODS)
 
 
-class ContainerProcess(modal_runs.Container):
+class ContainerProcess(Container):
     """The container as one of its several processes sees it."""
 
     def __init__(self, script: str, host: Any, gpu: str):
@@ -81,7 +84,7 @@ class ContainerProcess(modal_runs.Container):
 
     def open_dataset(self, data_dir: Path, frame: Frame, output_dir: Path) -> "PackedImages":
         """The images, which the container's own process has copied and verified."""
-        from tinycats.packed_images import PackedImages
+        from tinycats.images.packed_images import PackedImages
 
         return PackedImages(self._host.packed_folder(data_dir, frame, output_dir))
 
@@ -108,7 +111,7 @@ def train_in_processes(
     server = _Manager(address, os.environ[_KEY].encode()).get_server()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # what is imported here is there too
-    command = ["-u", "-m", "tinycats.modal_processes", script.__module__, address]
+    command = ["-u", "-m", "tinycats.on_modal.processes", script.__module__, address]
     try:
         status = launcher.launch(command, count, _nodes(payload))
     except TransientError:  # a process has died; of what, another may have told
@@ -162,7 +165,7 @@ def _main(module: str, address: str) -> int:
     manager = _Manager(address, os.environ[_KEY].encode())
     manager.connect()
     host = manager.host()  # type: ignore[attr-defined]  # registered above
-    options: Options = modal_runs.options_of(script.PARSER, host.payload())
+    options: Options = options_of(script.PARSER, host.payload())
     runs.log_to_stdout()
     with StopSignals() as stop:
         try:
@@ -177,7 +180,7 @@ def _main(module: str, address: str) -> int:
             stop.ignore()
             if processes.is_lost_peer(error):
                 return processes.LOST_PEER
-            if not isinstance(error, UserError | modal_runs.NotPrepared):
+            if not isinstance(error, UserError | NotPrepared):
                 traceback.print_exc()
                 error = RuntimeError(f"{type(error).__name__}: {error}")
             host.has_raised(error)

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from torchvision import models
 
-from tinycats import checkpoints, frames
-from tinycats.augmentation import BatchRng, middle_crops, mirror_half, random_crops
-from tinycats.batches import Transform
-from tinycats.decoding import decode
-from tinycats.errors import TransientError, UserError
-from tinycats.oxford_pets import OTHER
+from tinycats.images import frames
+from tinycats.images.augmentation import BatchRng, middle_crops, mirror_half, random_crops
+from tinycats.images.batches import Transform
+from tinycats.images.decoding import decode
+from tinycats.images.oxford_pets import OTHER
+from tinycats.run import checkpoints
+from tinycats.script.errors import TransientError, UserError
 
 CROP_SCALE = (0.35, 1.0)  # the part of an image's area that training sees
 TEMPERATURES = (0.25, 4.0)  # that calibration may choose from

@@ -10,7 +10,7 @@ import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
-from tinycats.errors import UserError, looking_at_what_the_user_named
+from tinycats.script.errors import UserError, looking_at_what_the_user_named
 
 IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"])
 HELD_OUT = 0.2  # the part of each class that validates, where the folder itself does not say

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from tinycats.data_dirs import is_toy
-from tinycats.errors import UserError
-from tinycats.frames import Frame
-from tinycats.image_folders import scan
-from tinycats.packed_images import PackedImages
-from tinycats.packing import beside_folder, packed
-from tinycats.toy_cats import draw_toy_cats
+from tinycats.images.data_dirs import is_toy
+from tinycats.images.frames import Frame
+from tinycats.images.image_folders import scan
+from tinycats.images.packed_images import PackedImages
+from tinycats.images.packing import beside_folder, packed
+from tinycats.images.toy_cats import draw_toy_cats
+from tinycats.script.errors import UserError
 
 
 def open_dataset(data_dir: Path, frame: Frame, fallback: Path) -> PackedImages:

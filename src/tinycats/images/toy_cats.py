@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tinycats.durable_files import atomic_folder
+from tinycats.run.durable_files import atomic_folder
 
 SIZE = 64  # pixels a side
 IMAGES = {"train": 80, "val": 20}  # a class

@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 
-from tinycats.decoding import decode
-from tinycats.durable_files import DamagedFile, footer, read_whole
-from tinycats.errors import TransientError
-from tinycats.frames import Frame
+from tinycats.images.decoding import decode
+from tinycats.images.frames import Frame
+from tinycats.run.durable_files import DamagedFile, footer, read_whole
+from tinycats.script.errors import TransientError
 
 log = logging.getLogger(__name__)
 

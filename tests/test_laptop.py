@@ -9,8 +9,8 @@ import pytest
 
 import train
 from conftest import REPOSITORY
-from tinycats import modal_runs
-from tinycats.errors import UserError
+from tinycats.on_modal import laptop, resources
+from tinycats.script.errors import UserError
 
 SCRIPT = str(REPOSITORY / "src" / "train.py")
 
@@ -31,7 +31,7 @@ SCRIPT = str(REPOSITORY / "src" / "train.py")
     ],
 )
 def test_only_a_modal_run_of_this_very_script_is_parsed_at_import(command, arguments):
-    assert modal_runs.script_arguments(command, SCRIPT) == arguments
+    assert laptop.script_arguments(command, SCRIPT) == arguments
 
 
 @pytest.mark.parametrize(
@@ -46,13 +46,13 @@ def test_only_a_modal_run_of_this_very_script_is_parsed_at_import(command, argum
     ],
 )
 def test_a_path_below_data_is_the_same_path_in_the_dataset_volume(data_dir, in_container):
-    path = modal_runs.volume_path(Path(data_dir))
+    path = resources.volume_path(Path(data_dir))
     assert (str(path) if path else None) == in_container
 
 
 def test_outputs_go_to_the_volume_or_nowhere():
     def path_of(output_dir: str) -> str:
-        return str(modal_runs.output_path(train.PARSER.parse(["--output-dir", output_dir], on_modal=True)))
+        return str(resources.output_path(train.PARSER.parse(["--output-dir", output_dir], on_modal=True)))
 
     assert path_of("outputs") == "/outputs"
     assert path_of("outputs/tries/one") == "/outputs/tries/one"

@@ -12,17 +12,17 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tinycats import checkpoints
-from tinycats.durable_files import atomic_write
-from tinycats.errors import UserError
-from tinycats.machines import ThisMachine
-from tinycats.processes import Processes, here
-from tinycats.signals import Stopped, StopSignals
+from tinycats.run import checkpoints
+from tinycats.run.durable_files import atomic_write
+from tinycats.script.errors import UserError
+from tinycats.script.machines import ThisMachine
+from tinycats.script.signals import Stopped, StopSignals
+from tinycats.training.processes import Processes, here
 
 if TYPE_CHECKING:
     import torch
 
-    from tinycats.saving import Writer
+    from tinycats.run.saving import Writer
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ class Run:
         processes: Processes,
         writer: "Writer",
     ):
-        from tinycats.event_file import EventFile  # needs torch
+        from tinycats.run.event_file import EventFile  # needs torch
 
         self.folder = folder
         self.metrics = metrics
@@ -298,7 +298,7 @@ def open_run(
     """
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    from tinycats.saving import LogFile, Writer
+    from tinycats.run.saving import LogFile, Writer
 
     program = logging.getLogger("tinycats")
 

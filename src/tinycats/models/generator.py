@@ -8,13 +8,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from tinycats import checkpoints
-from tinycats.augmentation import BatchRng, mirror_half
-from tinycats.batches import SAMPLING, seed_for
-from tinycats.dit import TinyDiT
-from tinycats.errors import UserError
-from tinycats.flow_matching import sample
-from tinycats.processes import Processes
+from tinycats.images.augmentation import BatchRng, mirror_half
+from tinycats.images.batches import SAMPLING, seed_for
+from tinycats.models.dit import TinyDiT
+from tinycats.models.flow_matching import sample
+from tinycats.run import checkpoints
+from tinycats.script.errors import UserError
+from tinycats.training.processes import Processes
 
 # A grid of samples: a row a class. Each image takes an evaluation of the model a step, two with guidance.
 COLUMNS = 8

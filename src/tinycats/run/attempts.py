@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from tinycats import command_line, devices, runs
-from tinycats import processes as run_processes
-from tinycats.command_line import Options
-from tinycats.devices import Device
-from tinycats.errors import UserError
-from tinycats.frames import Frame
-from tinycats.machines import ThisMachine
-from tinycats.packed_images import PackedImages
-from tinycats.processes import Processes
-from tinycats.signals import StopSignals
-from tinycats.startup import Startup
+from tinycats.images.frames import Frame
+from tinycats.images.packed_images import PackedImages
+from tinycats.run import runs
+from tinycats.script import command_line
+from tinycats.script.command_line import Options
+from tinycats.script.errors import UserError
+from tinycats.script.machines import ThisMachine
+from tinycats.script.signals import StopSignals
+from tinycats.script.startup import Startup
+from tinycats.training import devices
+from tinycats.training import processes as run_processes
+from tinycats.training.devices import Device
+from tinycats.training.processes import Processes
 
 log = logging.getLogger(__name__)
 

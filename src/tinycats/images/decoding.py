@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from tinycats.frames import Frame
+from tinycats.images.frames import Frame
 
 MIN_SIDE = 8  # pixels; a smaller image shows nothing
 MAX_ASPECT = 2  # a longer image loses its ends: unbounded, a 1x10000 strip would fill the disk

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from tinycats.errors import UserError
+from tinycats.script.errors import UserError
 
 _FOOTER = b"\ntinycats sha256 "
 _FOOTER_LENGTH = len(_FOOTER) + 64 + 1

@@ -23,13 +23,13 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from tinycats import decoding
-from tinycats.durable_files import DamagedFile, atomic_write, footer, publish_folder, read_whole
-from tinycats.errors import UserError
-from tinycats.frames import Frame
-from tinycats.image_folders import ImageFile, ImageFolder
-from tinycats.packed_images import FORMAT, IMAGES, PATHS, PIXELS, RECORD, PackedImages, checksum_of, write_index
-from tinycats.prefetching import prefetch
+from tinycats.images import decoding
+from tinycats.images.frames import Frame
+from tinycats.images.image_folders import ImageFile, ImageFolder
+from tinycats.images.packed_images import FORMAT, IMAGES, PATHS, PIXELS, RECORD, PackedImages, checksum_of, write_index
+from tinycats.images.prefetching import prefetch
+from tinycats.run.durable_files import DamagedFile, atomic_write, footer, publish_folder, read_whole
+from tinycats.script.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Images, from what the user names to a batch."""

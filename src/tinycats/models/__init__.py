@@ -1,0 +1,1 @@
+"""What is trained: the classifier and TinyDiT; their losses, samples and files."""

@@ -1,0 +1,1 @@
+"""How a model is trained, on what, in which processes."""
