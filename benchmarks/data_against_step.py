@@ -19,10 +19,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from loader import rate
+from tinycats import generator
 from tinycats.images import frames
 from tinycats.images.batches import TrainingBatches, load_batches
 from tinycats.images.datasets import open_dataset
-from tinycats.models import generator
 from tinycats.models.dit import TinyDiT
 from tinycats.models.flow_matching import flow_matching_loss
 from tinycats.training import devices

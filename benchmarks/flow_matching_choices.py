@@ -36,11 +36,12 @@ from torchvision.utils import make_grid, save_image
 
 from image_features import ImageFeatures
 from sample_quality import distances_in_words, features, likeness_in_words, training_images, validation_images
+from tinycats import generator
 from tinycats.images import frames
 from tinycats.images.batches import TrainingBatches, load_batches
 from tinycats.images.datasets import open_dataset
 from tinycats.images.packed_images import PackedImages
-from tinycats.models import flow_matching, generator
+from tinycats.models import flow_matching
 from tinycats.models.dit import TinyDiT, modulate, sinusoids, unpatchify
 from tinycats.models.ema import ema_model
 from tinycats.models.sliced_wasserstein import pyramid_distances

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tinycats.models import classifier
+from tinycats import classifier
 from tinycats.models.dit import TinyDiT
 
 REPOSITORY = Path(__file__).parents[1]

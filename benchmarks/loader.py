@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader, RandomSampler
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from tinycats import classifier, generator
 from tinycats.images import frames
 from tinycats.images.batches import Batch, TrainingBatches, load_batches
 from tinycats.images.datasets import open_dataset
-from tinycats.models import classifier, generator
 
 SIZES = {128: "the middle, for TinyDiT", 224: "random parts, for the classifier"}
 BATCH_SIZES = {128: 256, 224: 32}

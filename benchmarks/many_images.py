@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import numpy as np
 
+from tinycats import generator
 from tinycats.images import frames
 from tinycats.images.batches import TrainingBatches
 from tinycats.images.packed_images import IMAGES, PATHS, PIXELS, RECORD, PackedImages, write_index
-from tinycats.models import generator
 
 BATCH_SIZE, BATCHES = 256, 200
 

@@ -23,11 +23,11 @@ import torch
 from torchvision.utils import save_image
 
 from image_features import ImageFeatures, likeness
+from tinycats import generator
 from tinycats.images import frames
 from tinycats.images.batches import TrainingBatches, ValidationBatches
 from tinycats.images.datasets import open_dataset
 from tinycats.images.packed_images import PackedImages
-from tinycats.models import generator
 from tinycats.models.sliced_wasserstein import pyramid_distances
 
 

@@ -143,8 +143,8 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     from torch.nn.functional import cross_entropy
     from tqdm import tqdm
 
+    from tinycats import classifier
     from tinycats.images.batches import INITIALISATION, TrainingBatches, ValidationBatches, load_batches, seed_for
-    from tinycats.models import classifier
     from tinycats.models.batch_norm import synchronised
     from tinycats.run.attempts import Part, attempt
     from tinycats.training.devices import out_of_memory_is_told

@@ -175,6 +175,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     import torch
     from tqdm import tqdm
 
+    from tinycats import generator
     from tinycats.images.batches import (
         INITIALISATION,
         NOISE,
@@ -185,7 +186,6 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         load_batches,
         seed_for,
     )
-    from tinycats.models import generator
     from tinycats.models.dit import TinyDiT
     from tinycats.models.ema import EarlierEMA, ema_model
     from tinycats.models.flow_matching import dropped_classes, flow_matching_loss, sample_timesteps

@@ -41,11 +41,11 @@ import train
 import train_dit
 from conftest import REPOSITORY, WARM_PYTHON, damage, script_process
 from modal_cloud import ModalCloud
+from tinycats import classifier, generator
 from tinycats.images.datasets import open_dataset
 from tinycats.images.decoding import decode
 from tinycats.images.frames import Frame
 from tinycats.images.toy_cats import draw_toy_cats
-from tinycats.models import classifier, generator
 from tinycats.on_modal import laptop
 from tinycats.run import checkpoints
 from tinycats.run.runs import log_to_stdout

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from tinycats import generator
+from tinycats.classifier import training_transform, validation_transform
 from tinycats.images.batches import TrainingBatches, ValidationBatches, load_batches, seed_for
 from tinycats.images.datasets import open_dataset
 from tinycats.images.frames import Frame
-from tinycats.models import generator
-from tinycats.models.classifier import training_transform, validation_transform
 
 
 @pytest.fixture(scope="module")

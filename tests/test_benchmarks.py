@@ -10,7 +10,7 @@ import torch
 
 from conftest import REPOSITORY
 from pets_mirror import dataset_files
-from tinycats.models import generator
+from tinycats import generator
 from tinycats.models.dit import TinyDiT
 
 SHAPE = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 1, "heads": 2}

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tinycats import classifier
 from tinycats.images import frames
 from tinycats.images.augmentation import BatchRng
 from tinycats.images.decoding import decode
-from tinycats.models import classifier
 from tinycats.run import checkpoints
 from tinycats.script.errors import TransientError, UserError
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tinycats.models import generator
+from tinycats import generator
 from tinycats.models.dit import TinyDiT
 from tinycats.run import checkpoints
 from tinycats.script.errors import UserError

@@ -18,8 +18,8 @@ from PIL import Image
 from conftest import REPOSITORY, SMALL, WARM_PYTHON
 from modal_cloud import Fault, Finished, ModalCloud
 from modal_cloud.containers import Container
+from tinycats import classifier, generator
 from tinycats.images.image_folders import scan
-from tinycats.models import classifier, generator
 from tinycats.on_modal.uploads import Upload
 from tinycats.run import checkpoints
 

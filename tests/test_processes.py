@@ -21,10 +21,10 @@ import train
 import train_dit
 from conftest import REPOSITORY, SMALL, processes, run_quietly, script_process
 from test_train_dit import same
+from tinycats.classifier import training_transform, validation_transform
 from tinycats.images.batches import TrainingBatches, ValidationBatches
 from tinycats.images.datasets import open_dataset
 from tinycats.images.frames import Frame
-from tinycats.models.classifier import training_transform, validation_transform
 from tinycats.run import checkpoints
 from tinycats.script import launcher
 from tinycats.script.errors import TransientError

@@ -17,8 +17,8 @@ from PIL import Image
 
 import train
 from conftest import SMALL, run_quietly, script_process
+from tinycats import classifier
 from tinycats.images import oxford_pets
-from tinycats.models import classifier
 from tinycats.run import checkpoints
 from tinycats.run.runs import log_to_stdout
 from tinycats.script.errors import UserError

@@ -16,10 +16,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor, resize
 
 import train_dit
 from conftest import run_quietly, script_process
+from tinycats import classifier, generator
 from tinycats.images.batches import INITIALISATION, seed_for
 from tinycats.images.datasets import open_dataset
 from tinycats.images.frames import Frame
-from tinycats.models import classifier, generator
 from tinycats.models.dit import TinyDiT
 from tinycats.models.ema import EarlierEMA
 from tinycats.models.flow_matching import flow_matching_loss, sample, sample_timesteps

@@ -1,1 +1,1 @@
-"""What is trained: the classifier and TinyDiT; their losses, samples and files."""
+"""What the two models are made of: networks, losses, averages."""
