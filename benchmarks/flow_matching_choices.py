@@ -228,7 +228,7 @@ def main() -> None:
     real, _ = validation_images(images)
     others = training_images(images)[: len(real)]
     print(f"{'real images':58} distance {distances_in_words(pyramid_distances(others, real))}", flush=True)
-    noise = generator.starting_noise(len(real), options.image_size, seed=0)
+    noise = generator.starting_noise(range(len(real)), options.image_size, seed=0)
     device, network = devices.choose("cpu", mixed_precision=True), ImageFeatures()
     seen = features(real, network)
     for name in options.variants:

@@ -28,8 +28,9 @@ from tinycats.images.data_dirs import is_toy
 from tinycats.images.frames import Frame
 from tinycats.on_modal import container, laptop, resources
 from tinycats.run import checkpoints
-from tinycats.script import command_line
-from tinycats.script.command_line import Options, number, whole_number
+from tinycats.run.finished import CLASSIFIER
+from tinycats.run.options import TrainingParser, train_on_this_machine
+from tinycats.script.command_line import BooleanOptionalAction, Options, number, whole_number
 from tinycats.script.errors import UserError
 from tinycats.script.machines import ThisMachine
 from tinycats.script.signals import StopSignals
@@ -39,21 +40,20 @@ from tinycats.script.startup import Startup
 
 log = logging.getLogger("tinycats.train")
 
-MODEL = "cats_model.pt"
 LOG_EVERY = 50  # steps
 
 
 # --- options -----------------------------------------------------------------------------------------------------
 
 
-class ClassifierParser(command_line.Parser):
+class ClassifierParser(TrainingParser):
     def __init__(self) -> None:
         super().__init__("train.py", "Fine-tune a ResNet classifier of cats.", gpu_default="T4")
         model = self.add_argument_group("the model")
         model.add_argument("--backbone", choices=("resnet18", "resnet34", "resnet50"), default="resnet18")
         model.add_argument(
             "--pretrained",
-            action=command_line.BooleanOptionalAction,
+            action=BooleanOptionalAction,
             help="start from ImageNet's weights (default: yes; for data/toy no)",
         )
         model.add_argument(
@@ -76,7 +76,7 @@ class ClassifierParser(command_line.Parser):
         )
         training.add_argument(
             "--balance",
-            action=command_line.BooleanOptionalAction,
+            action=BooleanOptionalAction,
             default=True,
             help="judge as if each class had as many images as the others; else what is rare is rarely said",
         )
@@ -95,7 +95,7 @@ class ClassifierParser(command_line.Parser):
 
 
 PARSER = ClassifierParser()
-OPTIONS = laptop.parsed_at_import(PARSER, __file__) or PARSER.parse([], on_modal=True)
+OPTIONS = laptop.parsed_at_import(PARSER, __file__, laptop.check_run) or PARSER.parse([], on_modal=True)
 
 
 def frame_of(options: Options) -> Frame:
@@ -224,7 +224,10 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
 
             return processes.from_main(measured)
 
-        with this.open_run(metrics, step) as run, out_of_memory_is_told(options.batch_size, "a smaller --batch-size"):
+        with (
+            this.open_run(metrics, step, total_steps) as run,
+            out_of_memory_is_told(options.batch_size, "a smaller --batch-size"),
+        ):
             this.log_beginning(step, total_steps)
             if not this.checkpoint:
                 run.save(current_checkpoint)  # from here on there is something to resume
@@ -295,9 +298,9 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             bar.close()
             run.wait_until_saved()
 
-            finished = options.output_dir / MODEL
+            finished = options.output_dir / CLASSIFIER
             if processes.is_main:
-                model_file = this.folder / MODEL
+                model_file = this.folder / CLASSIFIER
                 classifier.export(
                     model_file, best["state_dict"], options.backbone, classes, options.image_size, best["metrics"]
                 )
@@ -320,4 +323,4 @@ def main(*arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command_line.run_on_this_machine(PARSER, train))
+    sys.exit(train_on_this_machine(PARSER, train))

@@ -29,8 +29,9 @@ from tinycats.images.data_dirs import is_toy
 from tinycats.images.frames import Frame
 from tinycats.on_modal import container, laptop, resources
 from tinycats.run import checkpoints
-from tinycats.script import command_line
-from tinycats.script.command_line import Options, number, whole_number
+from tinycats.run.finished import GENERATOR
+from tinycats.run.options import TrainingParser, train_on_this_machine
+from tinycats.script.command_line import BooleanOptionalAction, Options, number, whole_number
 from tinycats.script.errors import UserError
 from tinycats.script.machines import ThisMachine
 from tinycats.script.signals import StopSignals
@@ -40,7 +41,6 @@ from tinycats.script.startup import Startup
 
 log = logging.getLogger("tinycats.train_dit")
 
-MODEL = "tiny_dit.pt"
 LOG_EVERY = 50  # steps
 CLASS_DROPOUT = 0.1  # how often the class is kept from the model, which guidance needs
 SHAPE = ("image_size", "patch_size", "dim", "depth", "heads")
@@ -49,7 +49,7 @@ SHAPE = ("image_size", "patch_size", "dim", "depth", "heads")
 # --- options -----------------------------------------------------------------------------------------------------
 
 
-class GeneratorParser(command_line.Parser):
+class GeneratorParser(TrainingParser):
     def __init__(self) -> None:
         super().__init__("train_dit.py", "Train TinyDiT, a generator of cats.", gpu_default="A10G")
         model = self.add_argument_group("the model")
@@ -86,7 +86,7 @@ class GeneratorParser(command_line.Parser):
         )
         training.add_argument(
             "--compile",
-            action=command_line.BooleanOptionalAction,
+            action=BooleanOptionalAction,
             help="torch.compile, which takes a minute or so and then less for each step (default: on a GPU)",
         )
         training.add_argument(
@@ -128,7 +128,7 @@ class GeneratorParser(command_line.Parser):
 
 
 PARSER = GeneratorParser()
-OPTIONS = laptop.parsed_at_import(PARSER, __file__) or PARSER.parse([], on_modal=True)
+OPTIONS = laptop.parsed_at_import(PARSER, __file__, laptop.check_run) or PARSER.parse([], on_modal=True)
 
 
 def frame_of(options: Options) -> Frame:
@@ -262,7 +262,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             return processes.sum(total).item() / len(validation_batches.indices)
 
         told = "--accumulate 2, which computes the same in two halves, or a smaller --batch-size"
-        with this.open_run(metrics, step) as run, out_of_memory_is_told(options.batch_size, told):
+        with this.open_run(metrics, step, options.steps) as run, out_of_memory_is_told(options.batch_size, told):
             parameters = sum(parameter.numel() for parameter in model.parameters())
             this.log_beginning(step, options.steps)
             log.info("TinyDiT with %.1f million parameters, %d patches", parameters / 1e6, model.position.shape[0])
@@ -354,9 +354,9 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             bar.close()
             run.wait_until_saved()
 
-            finished, lowest = options.output_dir / MODEL, best["metrics"]
+            finished, lowest = options.output_dir / GENERATOR, best["metrics"]
             if processes.is_main:
-                model_file = this.folder / MODEL
+                model_file = this.folder / GENERATOR
                 weights, guide = best["state_dict"], best["guide"]
                 generator.export(model_file, weights, guide, shape, dataset.classes, options.cfg_scale, lowest)
                 checkpoints.publish_model(model_file, finished)
@@ -377,4 +377,4 @@ def main(*arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(command_line.run_on_this_machine(PARSER, train))
+    sys.exit(train_on_this_machine(PARSER, train))

@@ -91,6 +91,27 @@ def script_process(script: str, *arguments: object, cwd: Path, cold: bool = Fals
     return WARM_PYTHON.popen(words, cwd=cwd, **options)
 
 
+UNTRAINED = {"image_size": 16, "patch_size": 4, "dim": 32, "depth": 2, "heads": 2}
+
+
+def untrained_generator(path: Path) -> Path:
+    """A finished generator of two classes that has learned nothing, for what does not depend on it."""
+    import torch
+
+    from tinycats import generator
+    from tinycats.models.dit import TinyDiT
+
+    torch.manual_seed(0)
+    model = TinyDiT(2, **UNTRAINED)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    guide = {name: weight.to(torch.bfloat16) for name, weight in TinyDiT(2, **UNTRAINED).state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generator.export(path, model.state_dict(), guide, UNTRAINED, ["black", "tabby"], 2.0, {"val_loss": 0.5})
+    return path
+
+
 def run_quietly(script: str, *arguments: object, cwd: Path) -> None:
     """`script_process` to its end, which must be a good one; what it says lies in `cwd` as stdout.txt."""
     process = script_process(script, *arguments, cwd=cwd)

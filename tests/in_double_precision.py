@@ -13,11 +13,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import torch
 
-from tinycats.script import command_line
+from tinycats.run import options
 
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double
 script = importlib.import_module(sys.argv[1].removesuffix(".py"))
 script.LOG_EVERY = 1
 del sys.argv[0]
-sys.exit(command_line.run_on_this_machine(script.PARSER, script.train))
+sys.exit(options.train_on_this_machine(script.PARSER, script.train))

@@ -11,7 +11,7 @@ def test_a_device_that_is_not_there_is_one_line():
     for name in ("cuda", "mps"):
         if getattr(torch, name).is_available():
             continue
-        with pytest.raises(UserError, match=rf"--device {name}: .*--device cpu trains without"):
+        with pytest.raises(UserError, match=rf"--device {name}: .*--device cpu works without"):
             devices.choose(name, mixed_precision=True)
 
 

@@ -3,25 +3,15 @@
 import pytest
 import torch
 
+from conftest import UNTRAINED, untrained_generator
 from tinycats import generator
-from tinycats.models.dit import TinyDiT
 from tinycats.run import checkpoints
 from tinycats.script.errors import UserError
-
-SHAPE = {"image_size": 16, "patch_size": 4, "dim": 32, "depth": 2, "heads": 2}
 
 
 @pytest.fixture
 def exported(tmp_path):
-    torch.manual_seed(0)
-    model = TinyDiT(2, **SHAPE)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    guide = {name: weight.to(torch.bfloat16) for name, weight in TinyDiT(2, **SHAPE).state_dict().items()}
-    path = tmp_path / "tiny_dit.pt"
-    generator.export(path, model.state_dict(), guide, SHAPE, ["black", "tabby"], 2.0, {"val_loss": 0.5})
-    return path
+    return untrained_generator(tmp_path / "tiny_dit.pt")
 
 
 def test_bytes_become_numbers_from_minus_one_to_one_and_come_back():
@@ -39,7 +29,7 @@ def test_the_same_seed_samples_the_same_images_in_batches_of_any_size(exported):
     alone = loaded.sample(names, seed=3, batch_size=1, steps=5)
     assert (together.int() - alone.int()).abs().max() <= 1
     assert not torch.equal(together, loaded.sample(names, seed=4, steps=5))
-    assert torch.equal(generator.starting_noise(2, 8, 1), generator.starting_noise(5, 8, 1)[:2])
+    assert torch.equal(generator.starting_noise(range(2), 8, 1), generator.starting_noise(range(5), 8, 1)[:2])
 
 
 def test_a_class_that_it_does_not_know_is_named(exported):
@@ -68,7 +58,7 @@ def test_guidance_leads_away_from_the_guide_and_in_a_file_without_one_from_no_cl
 
 
 def test_torch_reads_the_file_with_weights_only(exported):
-    assert torch.load(exported, weights_only=True)["shape"] == SHAPE
+    assert torch.load(exported, weights_only=True)["shape"] == UNTRAINED
 
 
 def test_a_grid_has_a_row_a_class_and_is_always_the_same(exported):

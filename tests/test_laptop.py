@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-import train
 from conftest import REPOSITORY
 from tinycats.on_modal import laptop, resources
 from tinycats.script.errors import UserError
@@ -52,7 +51,7 @@ def test_a_path_below_data_is_the_same_path_in_the_dataset_volume(data_dir, in_c
 
 def test_outputs_go_to_the_volume_or_nowhere():
     def path_of(output_dir: str) -> str:
-        return str(resources.output_path(train.PARSER.parse(["--output-dir", output_dir], on_modal=True)))
+        return str(resources.output_path(Path(output_dir)))
 
     assert path_of("outputs") == "/outputs"
     assert path_of("outputs/tries/one") == "/outputs/tries/one"

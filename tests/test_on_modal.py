@@ -369,10 +369,19 @@ def test_a_detached_run_is_watched_and_stopped_by_its_apps_id(modal_cloud, small
     assert "tiny-cats-model" in listed.stdout
     logs = modal_cloud.run("modal", "app", "logs", app_id, cwd=tmp_path)
     assert "Epoch 1/50 complete" in logs.stdout, logs.output
+    runs = ("modal", "run", "-q", SCRIPT.with_name("runs.py"))
+    listed = modal_cloud.run(*runs, cwd=tmp_path)
+    assert re.match(r"r +\S+ \S+ +train.py +step \d+ of 250 +balanced_accuracy 0.\d+ +in progress\n", listed.stdout)
+    refused = modal_cloud.run(*runs, "--remove", "r", cwd=tmp_path)
+    assert (refused.status, refused.stderr) == (1, "error: the run r is in progress\n"), refused.output
     stopped = modal_cloud.run("modal", "app", "stop", app_id, "--yes", cwd=tmp_path)
     assert stopped.status == 0, stopped.output
     followed = modal_cloud.run("modal", "app", "logs", app_id, "--follow", cwd=tmp_path)
     assert "Epoch 1/50 complete" in followed.output
+    assert "go on: modal run src/train.py --resume r" in modal_cloud.run(*runs, cwd=tmp_path).stdout
+    assert modal_cloud.run(*runs, "--remove", "r", cwd=tmp_path).stdout == "removed the run r\n"
+    assert not (outputs(modal_cloud) / "runs" / "r").exists()
+    assert modal_cloud.run(*runs, cwd=tmp_path).stdout == "there are no runs in outputs/runs\n"
     assert modal_cloud.missing == []
     assert ends(trainings(modal_cloud)) == ["died"]
 

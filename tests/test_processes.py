@@ -243,10 +243,11 @@ LAUNCHED = f"""
 import sys
 sys.path.insert(0, {str(REPOSITORY / "src")!r})
 import train_dit
-from tinycats.script import command_line, launcher
+from tinycats.run import options
+from tinycats.script import launcher
 from tinycats.training import processes
 launcher.gpus_here = lambda device: 0 if processes.here().count > 1 else 2  # as on a machine with two GPUs
-sys.exit(command_line.run_on_this_machine(train_dit.PARSER, train_dit.train))
+sys.exit(options.train_on_this_machine(train_dit.PARSER, train_dit.train))
 """
 
 

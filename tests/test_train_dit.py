@@ -24,8 +24,8 @@ from tinycats.models.dit import TinyDiT
 from tinycats.models.ema import EarlierEMA
 from tinycats.models.flow_matching import flow_matching_loss, sample, sample_timesteps
 from tinycats.run import checkpoints
+from tinycats.run.options import resumed_options
 from tinycats.run.runs import log_to_stdout
-from tinycats.script import command_line
 from tinycats.script.errors import UserError
 from tinycats.script.machines import ThisMachine
 from tinycats.script.signals import StopSignals
@@ -216,9 +216,9 @@ def test_a_state_from_before_an_option_existed_is_refused_that_option(undisturbe
     del saved["sample_steps"]
     options = train_dit.PARSER.parse(["--resume", "r", "--sample-steps", "7"])
     with pytest.raises(UserError, match=r"--sample-steps 7 \(the run has none\)"):
-        command_line.resumed_options(options, saved)
+        resumed_options(options, saved)
     options = train_dit.PARSER.parse(["--resume", "r"])
-    assert command_line.resumed_options(options, saved).sample_steps is None
+    assert resumed_options(options, saved).sample_steps is None
 
 
 def test_the_log_says_how_it_goes(undisturbed):

@@ -5,7 +5,7 @@ import urllib.error
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -169,21 +169,31 @@ class Classifier:
     temperature: float
     metrics: dict[str, Any]
 
-    @torch.inference_mode()
-    def predict(self, photos: Sequence[Path | str]) -> list[dict[str, float]]:
-        """The probability of each class for each photo (files in any format that Pillow reads), where it might as well
-        show one class as another.
+    def read(self, photo: Path | str | BinaryIO) -> np.ndarray:
+        """A photo (a file in any format that Pillow reads, or its bytes) as uint8 [height, width, 3], for `classify`.
 
         Raises:
-            OSError, ValueError: a file is no image.
+            OSError, ValueError and whatever Pillow raises: it is no image.
         """
-        if not photos:
+        return decode(Path(photo) if isinstance(photo, str) else photo, frames.to_crop_from(self.image_size))
+
+    @torch.inference_mode()
+    def classify(self, images: Sequence[np.ndarray]) -> list[dict[str, float]]:
+        """The probability of each class for each image of `read`, where it might as well show one class as another."""
+        if not images:
             return []
-        frame = frames.to_crop_from(self.image_size)
-        images = [decode(Path(photo), frame) for photo in photos]
-        batch = torch.from_numpy(middle_crops(images, self.image_size, frame.side)).permute(0, 3, 1, 2)
+        crops = middle_crops(images, self.image_size, frames.to_crop_from(self.image_size).side)
+        batch = torch.from_numpy(crops).permute(0, 3, 1, 2)
         probabilities = (self.model(normalise(batch)) / self.temperature).softmax(1)
         return [dict(zip(self.classes, row.tolist(), strict=True)) for row in probabilities]
+
+    def predict(self, photos: Sequence[Path | str]) -> list[dict[str, float]]:
+        """`classify` of `read`, for each photo.
+
+        Raises:
+            OSError, ValueError and whatever Pillow raises: a file is no image.
+        """
+        return self.classify([self.read(photo) for photo in photos])
 
 
 def export(

@@ -1,6 +1,6 @@
 """The cat generator: TinyDiT's images, its grids of samples, its file."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from tinycats.images.batches import SAMPLING, seed_for
 from tinycats.models.dit import TinyDiT
 from tinycats.models.flow_matching import sample
 from tinycats.run import checkpoints
+from tinycats.run.finished import require_classes
 from tinycats.script.errors import UserError
 from tinycats.training.processes import Processes
 
@@ -43,13 +44,13 @@ def to_bytes(images: torch.Tensor) -> torch.Tensor:
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def starting_noise(count: int, image_size: int, seed: int) -> torch.Tensor:
-    """float32 [count, 3, S, S]: the n-th image's noise depends on the seed and n alone, so that the same
-    images are sampled in batches of any size."""
+def starting_noise(numbers: Iterable[int], image_size: int, seed: int) -> torch.Tensor:
+    """float32 [len(numbers), 3, S, S], on the CPU: the noise of number n depends on the seed and n alone, so that the
+    same images are sampled in batches of any size, on any machine."""
     return torch.stack(
         [
             torch.randn(3, image_size, image_size, generator=torch.Generator().manual_seed(seed_for(seed, SAMPLING, n)))
-            for n in range(count)
+            for n in numbers
         ]
     )
 
@@ -71,7 +72,7 @@ def sample_grid(
         processes: each samples some of the rows.
     """
     device = next(model.parameters()).device
-    noise = starting_noise(COLUMNS, image_size, seed=0).to(device)
+    noise = starting_noise(range(COLUMNS), image_size, seed=0).to(device)
     rows = []
     for label in range(num_classes)[processes.share(num_classes)]:
         classes = torch.full((COLUMNS,), label, device=device)
@@ -100,19 +101,28 @@ class Generator:
         names: Sequence[str],
         *,
         seed: int = 0,
+        numbers: Sequence[int] | None = None,
+        guidance_scale: float | None = None,
         batch_size: int = 16,
         steps: int = 50,
         method: Literal["heun", "euler"] = "euler",
     ) -> torch.Tensor:
-        """uint8 [len(names), 3, S, S]: an image of each named class; `steps` and `method` as of `sample`.
+        """uint8 [len(names), 3, S, S], on the CPU: an image of each named class.
+
+        Args:
+            numbers: of the noise that each image begins with, as of `starting_noise` (default: 0, 1, 2, …).
+            guidance_scale: as of `sample`; None: as the model was trained to be sampled.
+            steps, method: as of `sample`.
 
         Raises:
             UserError: there is no such class.
         """
-        if unknown := sorted(set(names) - set(self.classes)):
-            raise UserError(f"there is no class {unknown[0]!r}; there are {', '.join(self.classes)}")
-        noise = starting_noise(len(names), self.model.image_size, seed)
-        labels = torch.tensor([self.classes.index(name) for name in names])
+        require_classes(names, self.classes)
+        if not names:
+            return torch.empty(0, 3, self.model.image_size, self.model.image_size, dtype=torch.uint8)
+        device = self.model.position.device
+        noise = starting_noise(numbers or range(len(names)), self.model.image_size, seed).to(device)
+        labels = torch.tensor([self.classes.index(name) for name in names], device=device)
         samples = [
             sample(
                 self.model,
@@ -120,13 +130,20 @@ class Generator:
                 some,
                 self.model.null_class,
                 steps=steps,
-                guidance_scale=self.guidance_scale,
+                guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
                 guide=self.guide,
                 method=method,
             )
             for part, some in zip(noise.split(batch_size), labels.split(batch_size), strict=True)
         ]
-        return to_bytes(torch.cat(samples)) if samples else torch.empty(0, dtype=torch.uint8)
+        return to_bytes(torch.cat(samples)).cpu()
+
+    def to(self, device: torch.device | str) -> "Generator":
+        """Itself, on that device."""
+        for model in (self.model, self.guide):
+            if model is not None:
+                model.to(device)
+        return self
 
 
 def export(

@@ -31,6 +31,7 @@ from .volumes import Volume
 from .warm_python import WarmPython
 
 IMAGE_BUILDER_VERSION = "2025.06"
+TERMINATED = api_pb2.GenericResult.GENERIC_STATUS_TERMINATED
 SUCCESS = api_pb2.GenericResult.GENERIC_STATUS_SUCCESS
 FAILURE = api_pb2.GenericResult.GENERIC_STATUS_FAILURE
 TIMEOUT = api_pb2.GenericResult.GENERIC_STATUS_TIMEOUT
@@ -276,6 +277,8 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
         for call in self.cloud.calls.values():
             if call.function.app is app and call.task and not call.done.is_set():
                 call.task.cancel()
+                call.result = api_pb2.FunctionGetOutputsItem(result=api_pb2.GenericResult(status=TERMINATED))
+                call.done.set()
         for container in self.cloud.containers:
             if container.ended is None and container.call.function.app is app:
                 container.kill()
@@ -549,7 +552,8 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
     async def FunctionGetOutputs(self, request: Any) -> api_pb2.FunctionGetOutputsResponse:
         call = self.cloud.calls[request.function_call_id]
         try:
-            await asyncio.wait_for(call.done.wait(), request.timeout)
+            if not call.done.is_set():  # which a wait of no time would not look at
+                await asyncio.wait_for(call.done.wait(), request.timeout)
         except TimeoutError:
             return api_pb2.FunctionGetOutputsResponse(last_entry_id="0-0", num_unfinished_inputs=1)
         return api_pb2.FunctionGetOutputsResponse(idxs=[0], outputs=[call.result], last_entry_id="1-0")

@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -17,7 +18,7 @@ Image.MAX_IMAGE_PIXELS = None
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
-def decode(path: Path, frame: Frame) -> np.ndarray:
+def decode(file: Path | BinaryIO, frame: Frame) -> np.ndarray:
     """One image as uint8 [height, width, 3]: upright (EXIF), RGB on white, within `frame`. Of an animation, the first
     image.
 
@@ -25,7 +26,7 @@ def decode(path: Path, frame: Frame) -> np.ndarray:
         OSError, ValueError and whatever Pillow raises: it is no image, is cut off, is a decompression bomb.
     """
     side = frame.side
-    with Image.open(path) as image:
+    with Image.open(file) as image:
         width, height = image.size
         if min(width, height) < MIN_SIDE:
             raise ValueError(f"too small ({width}x{height} pixels)")

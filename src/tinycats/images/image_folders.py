@@ -7,6 +7,7 @@ Nothing here opens an image, and nothing needs more than the standard library: t
 import hashlib
 import os
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,17 +86,42 @@ def _images_by_class(root: Path, subfolder: str) -> dict[str, list[str]]:
         raise UserError(f"{parent} has no class folders; put the images of each class in a folder of its own")
     by_class = {}
     for name in names:
-        # Of a million files each is looked at in a microsecond: no Path is made of them.
-        by_class[name] = sorted(
-            f"{prefix}/{file}"
-            for folder, _, files in os.walk(parent / name)
-            for prefix in [Path(folder).relative_to(root).as_posix()]
-            for file in files
-            if file[file.rfind(".") :].lower() in IMAGE_SUFFIXES and not file.startswith(".")
-        )
+        by_class[name] = _images_below(parent / name, root)
         if not by_class[name]:
             raise UserError(f"{parent / name} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return by_class
+
+
+def _images_below(folder: Path, root: Path) -> list[str]:
+    """The images in a folder and in those in it: their paths relative to `root`, sorted."""
+    return sorted(  # of a million files each is looked at in a microsecond: no Path is made of them
+        f"{prefix}/{file}"
+        for path, _, files in os.walk(folder)
+        for prefix in [Path(path).relative_to(root).as_posix()]
+        for file in files
+        if file[file.rfind(".") :].lower() in IMAGE_SUFFIXES and not file.startswith(".")
+    )
+
+
+def images_named(paths: Sequence[Path]) -> list[Path]:
+    """Each file that is named, whatever its name, and of each folder the images that are in it and below.
+
+    Raises:
+        UserError: a path is not there, a folder has no image.
+    """
+    found = []
+    with looking_at_what_the_user_named():
+        for path in paths:
+            if path.is_dir():
+                images = [path / name for name in _images_below(path, path)]
+                if not images:
+                    raise UserError(f"{path} has no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+                found += images
+            elif path.exists():
+                found.append(path)
+            else:
+                raise UserError(f"{path} is not there")
+    return found
 
 
 def hold_out(names: list[str]) -> tuple[list[str], list[str]]:

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from pathlib import Path, PurePath, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import modal
 
@@ -32,7 +33,8 @@ from tinycats.on_modal.resources import (
     how_to_resume,
     output_path,
 )
-from tinycats.run import runs
+from tinycats.on_modal.stored_runs import MAX_PREPARATIONS
+from tinycats.run import finished, runs
 from tinycats.script.command_line import Options, Parser
 from tinycats.script.errors import TransientError, UserError
 from tinycats.script.machines import ThisMachine
@@ -43,9 +45,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_Model = TypeVar("_Model")
+
 SCRATCH = Path(tempfile.gettempdir(), "tinycats")  # the container's own disk
 COMMIT_ATTEMPTS = 6
-MAX_PREPARATIONS = 3  # of the images of one run: whoever finds them damaged has them prepared again
 
 
 class NotPrepared(Exception):
@@ -258,10 +261,33 @@ def train(
             _commit(OUTPUTS)
 
 
+def loaded(load: Callable[[Path], _Model], model: str) -> _Model:
+    """A finished model of the outputs volume, as it is there now; read when it is asked for first, or has changed.
+
+    Args:
+        load: of `classifier` or `generator`.
+        model: its path in the volume.
+
+    Raises:
+        UserError: it is not there, or no model of that kind.
+    """
+    OUTPUTS.reload()
+    path = Path(OUTPUTS_MOUNT, PurePosixPath("/", model).relative_to("/"))
+    if ".." in path.parts:
+        raise UserError(f"{model} is not in the volume {OUTPUTS_VOLUME}")
+    finished.require(path)
+    return _loaded(load, path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1)
+def _loaded(load: Callable[[Path], _Model], path: Path, _changed: int) -> _Model:
+    return load(path)
+
+
 def options_of(parser: Parser, payload: dict[str, Any]) -> Options:
     """The options of the run that was submitted, as they are in a container."""
     options = parser.parse(payload["arguments"], on_modal=True)
-    options.output_dir = Path(output_path(options))
+    options.output_dir = Path(output_path(options.output_dir))
     options.run, options.submission = payload["run"], payload["submission"]
     options.data_dir = Path(payload["data_dir"])
     return options

@@ -10,10 +10,11 @@ import logging
 import secrets
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
 import modal
 
@@ -30,11 +31,13 @@ from tinycats.on_modal.resources import (
     OUTPUTS_MOUNT,
     OUTPUTS_VOLUME,
     how_to_resume,
+    listed,
     output_path,
     volume_path,
 )
-from tinycats.run import checkpoints, runs
-from tinycats.script.command_line import Options, Parser, resumed_options, run_name
+from tinycats.run import checkpoints, finished, runs
+from tinycats.run.options import resumed_options
+from tinycats.script.command_line import Options, Parser, run_name
 from tinycats.script.errors import UserError, looking_at_what_the_user_named, one_line
 
 log = logging.getLogger(__name__)
@@ -42,19 +45,24 @@ log = logging.getLogger(__name__)
 PATIENCE = 600  # seconds to wait for a control plane that does not answer
 
 
-def parsed_at_import(parser: Parser, script: str) -> Options | None:
+def parsed_at_import(
+    parser: Parser, script: str, check: Callable[[Options], object] = lambda options: None
+) -> Options | None:
     """The options, if this process is a local `modal run` of this very script.
 
     `modal run` imports the script before it creates an app, uploads files or builds an image. Parsing there
     shows a mistake, or the whole `--help`, within a second and at no cost, and tells the decorators below it
     which GPU to ask for. Exits 2 on a mistake.
+
+    Args:
+        check: what else is to be checked on a laptop; raises UserError.
     """
     arguments = script_arguments(sys.argv, script)
     if arguments is None or not modal.is_local():
         return None
     options = parser.parse(arguments, on_modal=True)
     try:
-        _check(options)
+        check(options)
     except UserError as error:
         parser.error(str(error))
     return options
@@ -72,8 +80,13 @@ def script_arguments(argv: Sequence[str], script: str) -> list[str] | None:
     return None
 
 
-def _check(options: Options) -> None:
-    output_path(options)
+def check_run(options: Options) -> None:
+    """Check what a run that is to be submitted is given, as far as that is known without Modal.
+
+    Raises:
+        UserError: some of it is of no use.
+    """
+    output_path(options.output_dir)
     if options.resume:
         try:
             run_name(options.resume)
@@ -107,7 +120,7 @@ def submit(
     options = parser.parse(arguments, on_modal=True)
     runs.log_to_stdout()
     try:
-        _check(options)
+        check_run(options)
         name = options.run or options.resume or runs.new_name()
         description = _check_run(options, parser.prog)
         if description:
@@ -127,7 +140,7 @@ def submit(
         "frame": asdict(frame),
         "packed": str(packed) if packed else None,
     }
-    resume = how_to_resume(parser.prog, runs.folder_of(output_path(options), name))
+    resume = how_to_resume(parser.prog, runs.folder_of(output_path(options.output_dir), name))
     log.info("Submitting the run %s. If it is cut short: %s", name, resume)
     rental = Rental.parse(options.gpu)
     log.info(
@@ -163,9 +176,47 @@ def _follow(call: modal.FunctionCall) -> dict[str, Any]:
         call, lost_at = modal.FunctionCall.from_id(outcome["goes_on_in"]), None
 
 
-def _fail(message: str) -> None:
+def _fail(message: str) -> NoReturn:
     print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(1)
+
+
+@contextmanager
+def errors_are_told() -> Iterator[None]:
+    """Whatever is raised within, by Modal or in a container, ends this process with status 1 and one line."""
+    try:
+        yield
+    except UserError as error:
+        _fail(str(error))
+    except Exception as error:
+        _fail(f"{type(error).__name__}: {error}")
+
+
+def finished_model(named: str | None, name: str) -> PurePosixPath:
+    """Where in the outputs volume the finished model lies that `--model` means (`finished.path_of`).
+
+    Raises:
+        UserError: it is not there.
+    """
+    path = finished.path_of(named, name)
+    if path.parts == (path.name,):  # as it is called in the volume, and as `modal volume get` fetches it
+        path = finished.OUTPUT_DIR / path
+    in_volume = PurePosixPath(output_path(path, "--model").relative_to(OUTPUTS_MOUNT))
+    files = {PurePosixPath(entry.path).name for entry in listed(OUTPUTS, "/" / in_volume.parent)}
+    if in_volume.name not in files:
+        if not files.isdisjoint(checkpoints.CHECKPOINTS):
+            raise UserError(finished.not_finished(in_volume))
+        raise UserError(finished.missing(f"{in_volume}, in the volume {OUTPUTS_VOLUME},"))
+    return in_volume
+
+
+def facts_of(model: PurePosixPath) -> dict[str, Any]:
+    """What is known of a finished model in the volume without reading it: its `classes` and more; empty if nothing."""
+    facts = "/" / model.with_suffix(checkpoints.FACTS)
+    try:
+        return json.loads(b"".join(OUTPUTS.read_file(str(facts))))
+    except (modal.exception.NotFoundError, FileNotFoundError, ValueError):
+        return {}
 
 
 def _check_run(options: Options, script: str) -> dict[str, Any] | None:
@@ -178,15 +229,15 @@ def _check_run(options: Options, script: str) -> dict[str, Any] | None:
     name = options.run or options.resume
     if name is None:
         return None
-    folder = PurePosixPath("/", runs.folder_of(output_path(options), name).relative_to(OUTPUTS_MOUNT))
-    files = {PurePosixPath(entry.path).name for entry in _list(OUTPUTS, folder)}
+    folder = PurePosixPath("/", runs.folder_of(output_path(options.output_dir), name).relative_to(OUTPUTS_MOUNT))
+    files = {PurePosixPath(entry.path).name for entry in listed(OUTPUTS, folder)}
     is_there = not files.isdisjoint(checkpoints.CHECKPOINTS)
     if options.run:
         if is_there:
             raise UserError(runs.taken(name))
         return None
     if not is_there:
-        known = sorted(PurePosixPath(entry.path).name for entry in _list(OUTPUTS, folder.parent))
+        known = sorted(PurePosixPath(entry.path).name for entry in listed(OUTPUTS, folder.parent))
         raise UserError(runs.unknown(name, f"the volume {OUTPUTS_VOLUME}", known))
     is_described = runs.DESCRIPTION in files
     stored = b"".join(OUTPUTS.read_file(str(folder / runs.DESCRIPTION))) if is_described else b"{}"
@@ -197,27 +248,20 @@ def _check_run(options: Options, script: str) -> dict[str, Any] | None:
     return description
 
 
-def _list(volume: modal.Volume, folder: PurePosixPath) -> list:
-    try:
-        return volume.listdir(str(folder))
-    except modal.exception.NotFoundError:
-        return []
-
-
 def _provide(data_dir: Path) -> PurePosixPath:
     """Where containers find `data_dir`, uploaded if only this laptop has it."""
     path = volume_path(data_dir)
     if is_cats(data_dir) or is_toy(data_dir):  # prepared there
         return path or DATASET_MOUNT / data_dir.name
     if not data_dir.is_dir():
-        if path and _list(DATASET, _in_volume(path)):
+        if path and listed(DATASET, _in_volume(path)):
             return path
         raise UserError(f"{data_dir} is neither here nor in the volume {DATASET_VOLUME}")
     with looking_at_what_the_user_named():
         upload = uploads.Upload(scan(data_dir))
     path = path or DATASET_MOUNT / "uploads" / f"{data_dir.resolve().name}-{upload.digest[:12]}"
     remote = _in_volume(path)
-    there = {PurePosixPath(entry.path).name for entry in _list(DATASET, remote)}
+    there = {PurePosixPath(entry.path).name for entry in listed(DATASET, remote)}
     if uploads.RECEIPT in there:
         if uploads.digest_in(b"".join(DATASET.read_file(str(remote / uploads.RECEIPT)))) == upload.digest:
             log.info("%s is in the volume %s", data_dir, DATASET_VOLUME)
@@ -244,11 +288,11 @@ def _provide(data_dir: Path) -> PurePosixPath:
 def _packed(data_dir: PurePosixPath, frame: Frame) -> PurePosixPath | None:
     """The packed images of `data_dir` in the volume, if they are there and cannot be out of date."""
     remote = _in_volume(data_dir)
-    files = {PurePosixPath(entry.path).name for entry in _list(DATASET, remote)}
+    files = {PurePosixPath(entry.path).name for entry in listed(DATASET, remote)}
     if not is_cats(Path(data_dir)) and uploads.RECEIPT not in files:
         return None  # whoever put it there may have changed it: the function that prepares it will know
     beside = data_dir.with_name(data_dir.name + ".packed")
-    for entry in _list(DATASET, _in_volume(beside)):
+    for entry in listed(DATASET, _in_volume(beside)):
         name = PurePosixPath(entry.path).name
         if name.startswith(f"{frame.name}-"):
             return beside / name

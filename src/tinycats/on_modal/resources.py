@@ -3,16 +3,12 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path, PurePath, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import modal
 
 from tinycats.on_modal.gpus import Rental
-from tinycats.script.command_line import Options
 from tinycats.script.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +28,7 @@ IMAGE = (
     .add_local_python_source("tinycats")
 )
 
-_CONTAINER: dict[str, Any] = {  # of either function
+_CONTAINER: dict[str, Any] = {  # of either function of a run
     "image": IMAGE,
     "volumes": VOLUMES,
     "retries": modal.Retries(max_retries=10, initial_delay=1.0, backoff_coefficient=2.0, max_delay=60.0),
@@ -50,21 +46,43 @@ def with_gpu(gpu: str) -> dict[str, Any]:
     return _CONTAINER | {"gpu": gpu, "cpu": float(rental.cores), "memory": 1024 * rental.gib}
 
 
+def using_models(gpu: str | None = None) -> dict[str, Any]:
+    """What a function that uses finished models asks of Modal, with such a GPU or without one; a container answers call
+    after call, and waits a minute for the next."""
+    rental = Rental.parse(gpu) if gpu else None
+    return {
+        "image": IMAGE,
+        "volumes": {OUTPUTS_MOUNT: OUTPUTS},
+        "gpu": gpu,
+        "cpu": float(rental.cores if rental else 4),
+        "memory": 1024 * (rental.gib if rental else 8),
+        "scaledown_window": 60,
+        "timeout": 3600,
+    }
+
+
 def on_nodes(count: int) -> Callable[[Callable], Any]:
     """Decorates a function that is to run in so many containers at the same time."""
     return modal.clustered(size=count, rdma=True) if count > 1 else lambda function: function
 
 
-def output_path(options: Options) -> PurePosixPath:
-    """Where `--output-dir` lies in a container: `outputs` is the volume's root, `outputs/x` a folder in it.
+def output_path(path: Path, option: str = "--output-dir") -> PurePosixPath:
+    """Where the path that an option names lies in a container: `outputs` is the volume's root, `outputs/x` in it.
 
     Raises:
-        UserError: it is elsewhere, where nothing would be kept.
+        UserError: it is elsewhere, where nothing is kept.
     """
-    parts = options.output_dir.parts
-    if parts[:1] == ("outputs",) and ".." not in parts:
-        return OUTPUTS_MOUNT.joinpath(*parts[1:])
-    raise UserError(f"--output-dir {options.output_dir}: on Modal it is outputs or a folder in it, on the volume")
+    if path.parts[:1] == ("outputs",) and ".." not in path.parts:
+        return OUTPUTS_MOUNT.joinpath(*path.parts[1:])
+    raise UserError(f"{option} {path}: on Modal it is outputs, which is the volume {OUTPUTS_VOLUME}, or what is in it")
+
+
+def listed(volume: modal.Volume, folder: PurePosixPath) -> list[Any]:
+    """What is in a folder of a volume; nothing, if that is not there."""
+    try:
+        return volume.listdir(str(folder))
+    except modal.exception.NotFoundError:
+        return []
 
 
 def volume_path(data_dir: Path) -> PurePosixPath | None:

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from tinycats.images.frames import Frame
 from tinycats.images.packed_images import PackedImages
+from tinycats.run import options as run_options
 from tinycats.run import runs
-from tinycats.script import command_line
 from tinycats.script.command_line import Options
 from tinycats.script.errors import UserError
 from tinycats.script.machines import ThisMachine
@@ -81,16 +81,15 @@ class Attempt:
         log.info("%d images to train on, %d to validate with", training, validation)
         log.info("%d classes: %s", len(self.dataset.classes), ", ".join(self.dataset.classes))
 
-    def open_run(self, metrics: list[dict[str, Any]], step: int) -> AbstractContextManager[runs.Run]:
-        """The run's folder, opened for training on from `step`; see `runs.open_run`."""
-        every = self.options.save_every
-        return runs.open_run(
-            self.folder, self._description, metrics, step, self.stop, self.machine, every, self.processes
-        )
+    def open_run(self, metrics: list[dict[str, Any]], step: int, steps: int) -> AbstractContextManager[runs.Run]:
+        """The run's folder, opened for training on from `step` to `steps`; see `runs.open_run`."""
+        every, description = self.options.save_every, self._description
+        description |= {"steps": steps, "submission": self.options.submission}
+        return runs.open_run(self.folder, description, metrics, step, self.stop, self.machine, every, self.processes)
 
     @property
     def _description(self) -> dict[str, Any]:
-        return command_line.description(self.script, self.options)
+        return run_options.description(self.script, self.options)
 
 
 @contextmanager
@@ -110,7 +109,7 @@ def attempt(
     with run_processes.joined() as processes:
         folder, checkpoint = processes.from_main(lambda: runs.starting_point(options, script))
         if checkpoint:
-            options = command_line.resumed_options(options, checkpoint["options"])
+            options = run_options.resumed_options(options, checkpoint["options"])
         device = devices.choose(options.device, options.mixed_precision, expects_gpu=machine.expects_gpu)
         startup.ended("imports")
 

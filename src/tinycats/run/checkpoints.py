@@ -6,6 +6,7 @@ it is before anything in it is believed.
 """
 
 import io
+import json
 import logging
 import pickle
 from pathlib import Path
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 CHECKPOINT = "state.pt"
 PREVIOUS_CHECKPOINT = "state.previous.pt"
 CHECKPOINTS = (CHECKPOINT, PREVIOUS_CHECKPOINT)
+FACTS = ".json"  # beside a finished model: what is known of it without torch
 
 
 def save(path: Path, contents: dict[str, Any]) -> None:
@@ -36,13 +38,16 @@ def save(path: Path, contents: dict[str, Any]) -> None:
 
 
 def save_model(path: Path, contents: dict[str, Any]) -> None:
-    """Write a finished model.
+    """Write a finished model, and beside it, as JSON, all of it that is no tensor.
 
     Raises:
         UserError: it cannot be written.
     """
+    facts = {name: value for name, value in contents.items() if name not in ("state_dict", "guide")}
     try:
         save(path, contents)
+        with atomic_write(path.with_suffix(FACTS)) as file:
+            file.write((json.dumps(facts, indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; the run's checkpoint has the weights") from error
 
@@ -54,7 +59,8 @@ def publish_model(path: Path, destination: Path) -> None:
         UserError: it cannot be written.
     """
     try:
-        publish_copy(path, destination)
+        for suffix in (path.suffix, FACTS):
+            publish_copy(path.with_suffix(suffix), destination.with_suffix(suffix))
     except OSError as error:
         raise UserError(f"cannot write {destination}: {error.strerror}; the model is {path}") from error
 

@@ -31,6 +31,7 @@ _Path = TypeVar("_Path", bound=PurePath)  # on a laptop, or in a volume that is 
 # Goes up when the same options come to compute another run: other batches, crops, noise. A run that another version
 # began could not go on to the end that it would have had.
 COMPUTATION = 4
+METRICS = "metrics.jsonl"
 DESCRIPTION = "run.json"  # in a run's folder: what is known of it without its checkpoint
 
 LOG_FORMAT = logging.Formatter("%(asctime)s | %(levelname)-8s | %(message)s", "%Y-%m-%d %H:%M:%S")
@@ -159,7 +160,7 @@ class Run:
         self._saved_step = 0
         self._writer = writer
         if processes.is_main:
-            with atomic_write(folder / "metrics.jsonl") as file:
+            with atomic_write(folder / METRICS) as file:
                 file.writelines(_json_line(row) for row in metrics)
             self._events = EventFile(folder, step)
 
@@ -183,7 +184,7 @@ class Run:
             self._writer.write(self._write_image, name, image, step)
 
     def _write_row(self, row: dict[str, Any]) -> None:
-        with self._full_disk_is_told(), (self.folder / "metrics.jsonl").open("ab") as file:
+        with self._full_disk_is_told(), (self.folder / METRICS).open("ab") as file:
             file.write(_json_line(row))
         with self._full_disk_is_told():
             for key, value in row.items():
@@ -290,7 +291,7 @@ def open_run(
     While it is open, a stop signal waits for the next `Run.save`.
 
     Args:
-        description: of `command_line.description`, kept as run.json.
+        description: of `options.description`, kept as run.json.
         save_every: minutes after which `Run.save_due`.
 
     Raises:

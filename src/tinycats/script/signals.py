@@ -20,7 +20,7 @@ class Stopped(KeyboardInterrupt):
     input started again.
     """
 
-    def __init__(self, signum: int, message: str = "nothing had been trained yet, so there is nothing to resume"):
+    def __init__(self, signum: int, message: str):
         super().__init__(message)
         self.signum = signum
 
@@ -30,16 +30,23 @@ class Stopped(KeyboardInterrupt):
         return 128 + self.signum
 
 
+NOTHING_TRAINED = "nothing had been trained yet, so there is nothing to resume"
+
+
 class StopSignals:
     """Turns stop signals into an orderly end, as a context manager on the main thread.
 
     Outside `deferred()` a signal raises Stopped where the program stands; where Python lets nothing be raised, in a
     destructor, it is `requested` all the same. Inside `deferred()` the first signal only
     sets `requested`, which the training loop looks at after each step; a second one raises at once.
+
+    Args:
+        message: of the Stopped that is raised where the program stands.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, message: str = NOTHING_TRAINED) -> None:
         self.requested: int | None = None
+        self._message = message
         self._deferring = False
         self._previous: dict[signal.Signals, Any] = {}
 
@@ -74,7 +81,7 @@ class StopSignals:
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         is_first, self.requested = self.requested is None, signum
         if not (self._deferring and is_first):
-            raise Stopped(signum)
+            raise Stopped(signum, self._message)
 
     def _could_not_be_raised(self, unraisable: "sys.UnraisableHookArgs") -> None:
         if not issubclass(unraisable.exc_type, Stopped):

@@ -43,8 +43,23 @@ class Device:
         return tensor.to(self.device, non_blocking=True)
 
 
+def find(name: str) -> torch.device:
+    """The device of that name; `auto` is this process's GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device cuda: torch {torch.__version__} finds no such GPU here; --device cpu works without")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: torch finds no such GPU here (they are Apple's); --device cpu works without")
+    if torch.cuda.is_available() and name in ("auto", "cuda"):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("mps" if name == "mps" else "cpu")
+
+
 def choose(name: str, mixed_precision: bool, *, expects_gpu: bool = False) -> Device:
-    """The device of that name; `auto` is this process's GPU if there is one, else the CPU. Says what it chose.
+    """The device to train on, as of `find`. Says what it chose.
 
     Mixed precision (Micikevicius et al., arXiv 1710.03740) is bf16 where the GPU computes in it, and fp16 with
     a scaled loss where it does not (T4). A CPU that multiplies matrices of bf16 (AMX) does so too; others, and
@@ -53,16 +68,10 @@ def choose(name: str, mixed_precision: bool, *, expects_gpu: bool = False) -> De
     Raises:
         UserError: there is no such device here.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device cuda: torch {torch.__version__} finds no such GPU here; --device cpu trains without")
-    if name == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: torch finds no such GPU here (they are Apple's); --device cpu trains without")
+    device = find(name)
+    on_gpu = device.type == "cuda"
     if name == "mps":
         log.warning("Training on mps was never tried: please tell us how it went")
-    on_gpu = torch.cuda.is_available() and name in ("auto", "cuda")
-    device = torch.device("mps" if name == "mps" else "cpu")
-    if on_gpu:
-        device = torch.device("cuda", torch.cuda.current_device())
     if expects_gpu and name == "auto" and not on_gpu:
         log.warning("This machine should have a GPU, but torch %s finds none", torch.__version__)
     # Only what it computes in itself: emulated bf16 is slower than float32.

@@ -1,0 +1,59 @@
+"""Finished models: what the scripts that train call them, and which one a user means."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePath
+
+from tinycats.run import checkpoints, runs
+from tinycats.script.errors import UserError
+
+CLASSIFIER, GENERATOR = "cats_model.pt", "tiny_dit.pt"  # of train.py, of train_dit.py
+OUTPUT_DIR = Path("outputs")
+
+
+def path_of(named: str | None, name: str, output_dir: Path = OUTPUT_DIR) -> Path:
+    """The file that `--model` means: a file (`….pt`), a run's folder, or a run's name; None: what was trained last.
+
+    Args:
+        name: CLASSIFIER or GENERATOR.
+    """
+    if named is None:
+        return output_dir / name
+    if named.endswith(".pt"):
+        return Path(named)
+    is_folder = len(Path(named).parts) > 1
+    return (Path(named) if is_folder else runs.folder_of(output_dir, named)) / name
+
+
+def require(path: Path) -> None:
+    """Refuse a model that is not there.
+
+    Raises:
+        UserError: it is not.
+    """
+    if path.is_file():
+        return
+    if path.exists():
+        raise UserError(f"{path} is no file")
+    if checkpoints.has_checkpoint(path.parent):
+        raise UserError(not_finished(path))
+    raise UserError(missing(str(path)))
+
+
+def missing(model: str) -> str:
+    """What to say to who names a model that is not there, or none."""
+    return f"{model} is not there: train one first, or name another by --model"
+
+
+def not_finished(path: PurePath) -> str:
+    """What to say to who names a run that has no finished model."""
+    return f"the run {path.parent.name} is not finished: there is no {path.name} in its folder yet"
+
+
+def require_classes(names: Iterable[str], classes: Sequence[str]) -> None:
+    """Refuse names of classes that a model does not know.
+
+    Raises:
+        UserError: there is one.
+    """
+    if unknown := sorted(set(names) - set(classes)):
+        raise UserError(f"there is no class {unknown[0]!r}; there are {', '.join(classes)}")

@@ -1,0 +1,155 @@
+"""What can be said of runs by their folders, on this disk or in a volume, without torch."""
+
+import json
+import math
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from tinycats.run import checkpoints, finished, runs
+from tinycats.script.errors import UserError, looking_at_what_the_user_named
+from tinycats.script.machines import ThisMachine
+
+FINISHED, IN_PROGRESS, INTERRUPTED = "finished", "in progress", "interrupted"
+_MODELS = {"train.py": finished.CLASSIFIER, "train_dit.py": finished.GENERATOR}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in a few words.
+
+    Attributes:
+        name: the run's.
+        script: which it is of.
+        options: those that it was given, or has by default.
+        step, steps: how far it has come, by the last row of its metrics, and how far it is to go (None: not known).
+        best: the name and the value of its metric, where that was best; None before it was first computed.
+        changed: when it wrote last, in seconds since 1970.
+        state: FINISHED, IN_PROGRESS or INTERRUPTED.
+    """
+
+    name: str
+    script: str
+    options: dict[str, Any]
+    step: int
+    steps: int | None
+    best: tuple[str, float] | None
+    changed: float
+    state: str
+
+
+class Runs(Protocol):
+    """The runs of an output folder, wherever that is."""
+
+    def summaries(self) -> list[Summary]:
+        """Of all runs, by name."""
+
+    def how_to_resume(self, summary: Summary) -> str:
+        """The command that goes on with a run."""
+
+    def remove(self, name: str) -> None:
+        """Remove a run for good.
+
+        Raises:
+            UserError: there is none of that name, or it is in progress.
+        """
+
+
+class LocalRuns:
+    """Runs on this disk; see `Runs`."""
+
+    def __init__(self, output_dir: Path):
+        self._output_dir = output_dir
+
+    def summaries(self) -> list[Summary]:
+        with looking_at_what_the_user_named():
+            folders = sorted(runs.folder_of(self._output_dir, "").glob("*/"))
+            return [found for folder in folders if (found := self.summary(folder.name))]
+
+    def summary(self, name: str) -> Summary | None:
+        """Of one run; None if there is none of that name."""
+        folder = runs.folder_of(self._output_dir, name)
+        try:
+            files = {path.name for path in folder.iterdir()}
+            if not is_run(files):
+                return None
+            description, metrics = (
+                (folder / file).read_bytes() if file in files else b"" for file in (runs.DESCRIPTION, runs.METRICS)
+            )
+            changed = (folder / runs.METRICS if runs.METRICS in files else folder).stat().st_mtime
+        except FileNotFoundError:  # it was removed meanwhile
+            return None
+        return summary(name, files, description, metrics, changed, self._is_in_progress(folder))
+
+    def how_to_resume(self, summary: Summary) -> str:
+        return ThisMachine(summary.script).how_to_resume(runs.folder_of(self._output_dir, summary.name))
+
+    def remove(self, name: str) -> None:
+        folder = runs.folder_of(self._output_dir, name)
+        if self.summary(name) is None:
+            raise UserError(no_such_run(name, [found.name for found in self.summaries()]))
+        with ThisMachine("").lock(folder):
+            shutil.rmtree(folder)
+
+    @staticmethod
+    def _is_in_progress(folder: Path) -> bool:
+        if not (folder / ".lock").exists():
+            return False
+        try:
+            with ThisMachine("").lock(folder):
+                return False
+        except (UserError, OSError):
+            return True
+
+
+def no_such_run(name: str, known: list[str]) -> str:
+    """What to say to who names a run that is not there."""
+    return f"there is no run {name}; there are {', '.join(known) or 'none'}"
+
+
+def summary(
+    name: str, files: Collection[str], description: bytes, metrics: bytes, changed: float, in_progress: bool
+) -> Summary:
+    """Sum up a run.
+
+    Args:
+        files: the names of those in its folder.
+        description, metrics: what its run.json and metrics.jsonl hold; empty if they are not there.
+    """
+    told = parsed_object(description)
+    rows = parsed_metrics(metrics)
+    script = str(told.get("script", "?"))
+    state = IN_PROGRESS if in_progress else FINISHED if _MODELS.get(script) in files else INTERRUPTED
+    step = max((row["step"] for row in rows), default=0)
+    return Summary(name, script, told.get("options", {}), step, told.get("steps"), best(rows), changed, state)
+
+
+def parsed_metrics(metrics: bytes) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl; one that is being written, or damaged, is left out."""
+    rows = (parsed_object(line) for line in metrics.splitlines())
+    return [row for row in rows if isinstance(row.get("step"), int)]
+
+
+def best(rows: list[dict[str, Any]]) -> tuple[str, float] | None:
+    """The best value of what a run is judged by: `balanced_accuracy`, or else `val_loss`."""
+    for name, choose in (("balanced_accuracy", max), ("val_loss", min)):
+        values = [row[name] for row in rows if isinstance(row.get(name), float) and math.isfinite(row[name])]
+        if values:
+            return name, choose(values)
+    return None
+
+
+def is_run(files: Collection[str]) -> bool:
+    """Whether a folder with such files is a run's."""
+    return runs.DESCRIPTION in files or any(name in files for name in checkpoints.CHECKPOINTS)
+
+
+def parsed_object(text: bytes) -> dict[str, Any]:
+    """The JSON object that a text is; empty if it is none."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
