@@ -9,7 +9,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup smoke test gpu campaign lint bubblewrap
+.PHONY: setup smoke test gpu campaign lint system-packages
 
 setup: .venv/installed
 
@@ -30,22 +30,25 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The tests' containers need bubblewrap: installed if that is possible here, else an error that says how.
-bubblewrap:
-	@command -v bwrap >/dev/null || { \
+# The tests' containers need bubblewrap, and the gallery's tests a browser: installed if that is possible here, else an
+# error that says how.
+system-packages:
+	@is_there() { command -v bwrap && { command -v chromium || command -v chromium-browser; }; } >/dev/null; \
+	is_there || { \
 	  sudo=$$([ "$$(id -u)" = 0 ] || echo sudo --non-interactive); \
-	  { $$sudo apt-get update --quiet=2 && $$sudo apt-get install --quiet=2 --yes bubblewrap; } >/dev/null 2>&1; \
-	  command -v bwrap >/dev/null; \
-	} || { echo "error: the tests need bubblewrap, on Linux: sudo apt-get install bubblewrap" >&2; exit 1; }
+	  { $$sudo apt-get update --quiet=2 && \
+	    $$sudo apt-get install --quiet=2 --yes --no-install-recommends bubblewrap chromium; } >/dev/null 2>&1; \
+	  is_there; \
+	} || { echo "error: the tests need two programs, on Linux: sudo apt-get install bubblewrap chromium" >&2; exit 1; }
 
 # A thread for each of the tests' processes: with more they would wait for one another. Four processes have two cores to
 # do: half of the time they wait for the containers of the stand-in. Tests are handed out one by one, the slow ones first.
-test: lint bubblewrap
+test: lint system-packages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 4 --dist load --maxschedchunk 1 $(if $(FAST),-m "not slow")
 
 gpu: setup
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python benchmarks/gpu.py
 
-campaign: setup bubblewrap
+campaign: setup system-packages
 	$(BIN)/python tests/campaign.py

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 import export
+import gallery
 import predict
 import runs
 import sample
@@ -16,7 +17,7 @@ import train_dit
 from conftest import REPOSITORY
 
 PLANS = [f"plans/{path.name}" for path in (REPOSITORY / "plans").glob("*.md")]
-SCRIPTS = [train, train_dit, predict, sample, export, runs]
+SCRIPTS = [train, train_dit, predict, sample, export, runs, gallery]
 DOCUMENTS = ["README.md", "AGENTS.md", "modal.yml", *(f"src/{script.PARSER.prog}" for script in SCRIPTS), *PLANS]
 
 
@@ -25,7 +26,9 @@ def commands_of(script: str) -> list[tuple[str, bool]]:
     found = []
     for document in DOCUMENTS:
         text = (REPOSITORY / document).read_text()
-        for launcher, rest in re.findall(rf"(modal run(?: --detach)?|python) src/{re.escape(script)}([^\n`#]*)", text):
+        for launcher, rest in re.findall(
+            rf"(modal (?:run|serve)(?: --detach)?|python) src/{re.escape(script)}([^\n`#]*)", text
+        ):
             if rest.lstrip().startswith("…"):
                 continue
             # What follows two spaces is a remark; an ellipsis or a placeholder stands for more.

@@ -15,6 +15,7 @@ log = logging.getLogger(__name__)
 OUTPUTS_VOLUME, DATASET_VOLUME = "cats-model-outputs", "cats-dataset"
 OUTPUTS = modal.Volume.from_name(OUTPUTS_VOLUME, create_if_missing=True)
 DATASET = modal.Volume.from_name(DATASET_VOLUME, create_if_missing=True)
+READ_ONLY_OUTPUTS = OUTPUTS.with_mount_options(read_only=True)
 OUTPUTS_MOUNT, DATASET_MOUNT = PurePosixPath("/outputs"), PurePosixPath("/data")  # on a Windows laptop too
 VOLUMES: dict[str | PurePosixPath, modal.Volume | modal.CloudBucketMount] = {
     OUTPUTS_MOUNT: OUTPUTS,
@@ -25,7 +26,7 @@ REPOSITORY = Path(__file__).parents[3]  # on the laptop; in a container there is
 IMAGE = (
     modal.Image.debian_slim(python_version="3.11")
     .uv_pip_install(requirements=[str(REPOSITORY / "requirements.txt")])
-    .add_local_python_source("tinycats")
+    .add_local_python_source("tinycats", ignore=modal.FilePatternMatcher("**/__pycache__"))  # with the gallery's page
 )
 
 _CONTAINER: dict[str, Any] = {  # of either function of a run

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,10 +58,15 @@ class Runs(Protocol):
 
 
 class LocalRuns:
-    """Runs on this disk; see `Runs`."""
+    """Runs on this disk; see `Runs`.
 
-    def __init__(self, output_dir: Path):
+    Args:
+        is_in_progress: tells it by a run's folder and description; by default, whether a process has it locked.
+    """
+
+    def __init__(self, output_dir: Path, is_in_progress: Callable[[Path, dict[str, Any]], bool] | None = None):
         self._output_dir = output_dir
+        self._is_in_progress = is_in_progress or _is_locked
 
     def summaries(self) -> list[Summary]:
         with looking_at_what_the_user_named():
@@ -81,7 +86,8 @@ class LocalRuns:
             changed = (folder / runs.METRICS if runs.METRICS in files else folder).stat().st_mtime
         except FileNotFoundError:  # it was removed meanwhile
             return None
-        return summary(name, files, description, metrics, changed, self._is_in_progress(folder))
+        in_progress = self._is_in_progress(folder, parsed_object(description))
+        return summary(name, files, description, metrics, changed, in_progress)
 
     def how_to_resume(self, summary: Summary) -> str:
         return ThisMachine(summary.script).how_to_resume(runs.folder_of(self._output_dir, summary.name))
@@ -93,15 +99,15 @@ class LocalRuns:
         with ThisMachine("").lock(folder):
             shutil.rmtree(folder)
 
-    @staticmethod
-    def _is_in_progress(folder: Path) -> bool:
-        if not (folder / ".lock").exists():
+
+def _is_locked(folder: Path, _description: dict[str, Any]) -> bool:
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        with ThisMachine("").lock(folder):
             return False
-        try:
-            with ThisMachine("").lock(folder):
-                return False
-        except (UserError, OSError):
-            return True
+    except (UserError, OSError):
+        return True
 
 
 def no_such_run(name: str, known: list[str]) -> str:

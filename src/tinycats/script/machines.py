@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from tinycats.images.packed_images import PackedImages
 
 
+LOCK_PATIENCE = 0.3  # seconds: who only looks whether a run is locked holds its lock for a moment
+
+
 class ThisMachine:
     """A laptop, or any machine on which a script is started by `python`.
 
@@ -46,7 +49,7 @@ class ThisMachine:
 
         lock = FileLock(run / ".lock")
         try:
-            return lock.acquire(blocking=False)
+            return lock.acquire(timeout=LOCK_PATIENCE)
         except Timeout:
             raise UserError(f"another process is training {run}") from None
 
