@@ -147,6 +147,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     from tinycats.images.batches import INITIALISATION, TrainingBatches, ValidationBatches, load_batches, seed_for
     from tinycats.models.batch_norm import synchronised
     from tinycats.run.attempts import Part, attempt
+    from tinycats.showing import report
     from tinycats.training.devices import out_of_memory_is_told
     from tinycats.training.optimization import adamw, all_finite, warmup_cosine
 
@@ -182,6 +183,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         this.restore(parts)
         step, epoch_loss, metrics = 0, torch.zeros((), device=device.device), []
         best: dict[str, Any] = {}
+        for_report: dict[str, Any] = {}  # of the last evaluation, in process 0
         if this.checkpoint:
             step, best, metrics = this.checkpoint["step"], this.checkpoint["best"], this.checkpoint["metrics"]
             epoch_loss += this.checkpoint["epoch_loss"].to(device.device)
@@ -216,13 +218,26 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             def measured() -> dict:
                 in_order = [share[batch] for batch in range(len(answers)) for share in shares or []]
                 logits, labels = (torch.cat(part) for part in zip(*in_order, strict=True))
+                confusion = classifier.confusion_matrix(logits, labels)
+                calibration = classifier.calibration(logits, labels)
+                mistakes = report.worst_mistakes(logits, labels, calibration["temperature"])
+                for_report.update(confusion=confusion.tolist(), mistakes=mistakes)
                 return {
                     "val_loss": cross_entropy(logits + log_prior.cpu(), labels).item(),
-                    **classifier.accuracies(classifier.confusion_matrix(logits, labels), classes),
-                    **classifier.calibration(logits, labels),
+                    **classifier.accuracies(confusion, classes),
+                    **calibration,
                 }
 
             return processes.from_main(measured)
+
+        def report_contents() -> tuple[dict, list[str]]:
+            measured, shown = best["metrics"], best.get("report")  # older checkpoints have none
+            facts = {"accuracy": f"{measured['val_accuracy']:.1%}", "best epoch": measured["epoch"]}
+            facts["balanced accuracy"] = f"{measured['balanced_accuracy']:.1%}"
+            if not shown:
+                return facts, []
+            confusion, mistakes = shown["confusion"], shown["mistakes"]
+            return facts, [report.confusion(confusion, classes), report.mistakes(mistakes, dataset)]
 
         with (
             this.open_run(metrics, step, total_steps) as run,
@@ -294,6 +309,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 if not best or rank > best["rank"]:
                     weights = {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
                     best = {"rank": rank, "metrics": {"epoch": epoch, **results}, "state_dict": weights}
+                    best["report"] = dict(for_report)
                 run.save(current_checkpoint)
             bar.close()
             run.wait_until_saved()
@@ -305,6 +321,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                     model_file, best["state_dict"], options.backbone, classes, options.image_size, best["metrics"]
                 )
                 checkpoints.publish_model(model_file, finished)
+                this.write_report(PARSER, step, metrics, report_contents)
                 machine.persist()
             accuracy, epoch = best["metrics"]["val_accuracy"], best["metrics"]["epoch"]
             fetch = machine.how_to_fetch(finished)

@@ -17,6 +17,7 @@ import math
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -42,6 +43,7 @@ from tinycats.script.startup import Startup
 log = logging.getLogger("tinycats.train_dit")
 
 LOG_EVERY = 50  # steps
+REPORTED = 16  # samples, of the finished model
 CLASS_DROPOUT = 0.1  # how often the class is kept from the model, which guidance needs
 SHAPE = ("image_size", "patch_size", "dim", "depth", "heads")
 
@@ -190,6 +192,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     from tinycats.models.ema import EarlierEMA, ema_model
     from tinycats.models.flow_matching import dropped_classes, flow_matching_loss, sample_timesteps
     from tinycats.run.attempts import Part, attempt
+    from tinycats.showing import report
     from tinycats.training.compilation import compile_if_possible
     from tinycats.training.devices import out_of_memory_is_told
     from tinycats.training.optimization import Muon, all_finite, warmup_stable_decay
@@ -260,6 +263,18 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                     with device.autocast:
                         total += len(images) * flow_matching_loss(ema, *path, device.put(labels))
             return processes.sum(total).item() / len(validation_batches.indices)
+
+        def report_contents(model_file: Path) -> tuple[dict, list[str]]:
+            finished_model = generator.load(model_file).to(device.device)
+            names = [dataset.classes[number % len(dataset.classes)] for number in range(REPORTED)]
+            samples = finished_model.sample(names, steps=sample_steps)
+            lowest = finished_model.metrics
+            facts = {"best validation loss": f"{lowest['val_loss']:.4f}, at step {lowest['step']}"}
+            return facts, [
+                report.grids(this.folder / "samples"),
+                report.neighbours(samples, names, dataset),
+                report.distances(samples, dataset),
+            ]
 
         told = "--accumulate 2, which computes the same in two halves, or a smaller --batch-size"
         with this.open_run(metrics, step, options.steps) as run, out_of_memory_is_told(options.batch_size, told):
@@ -360,6 +375,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 weights, guide = best["state_dict"], best["guide"]
                 generator.export(model_file, weights, guide, shape, dataset.classes, options.cfg_scale, lowest)
                 checkpoints.publish_model(model_file, finished)
+                this.write_report(PARSER, step, metrics, lambda: report_contents(model_file))
                 machine.persist()
             fetch = machine.how_to_fetch(finished)
             log.info(f"Done. Validation loss {lowest['val_loss']:.4f} (step {lowest['step']}). Model: {fetch}")

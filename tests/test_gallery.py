@@ -274,7 +274,10 @@ def test_curves_are_svg_that_can_be_read_aloud_and_none_is_drawn_of_nothing():
     assert "<circle" in drawn["Accuracy"], "a single point is seen"
     assert charts.curves([]) == {}
     assert "nan" not in "".join(drawn.values())
-    assert charts._ticks(0.5, 0.5)[0] <= 0.5 <= charts._ticks(0.5, 0.5)[-1]
+    for low, high in ((0.5, 0.5), (0.98, 0.9800000000000001), (0, 0), (-3, -3), (0, 1e-9), (1, 200_000)):
+        ticks = charts._ticks(low, high)
+        assert ticks[0] <= low <= high <= ticks[-1]
+        assert len(set(ticks)) == len(ticks) <= 9
 
 
 # --- in a browser ------------------------------------------------------------------------------------------------

@@ -74,9 +74,11 @@ def test_with_no_data_it_trains_on_the_toy_cats_and_says_so(run_train, tmp_path)
 
 def test_a_run_leaves_what_the_design_says(undisturbed):
     assert {path.name for path in undisturbed.iterdir() if not path.name.startswith("events.out.tfevents")} == {
+        "cats_model.json",
         "cats_model.pt",
         ".lock",
         "metrics.jsonl",
+        "report.html",
         "run.json",
         "state.pt",
         "state.previous.pt",

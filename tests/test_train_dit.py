@@ -75,10 +75,12 @@ def test_a_run_leaves_what_the_design_says(undisturbed):
     assert names == {
         ".lock",
         "metrics.jsonl",
+        "report.html",
         "run.json",
         "samples",
         "state.pt",
         "state.previous.pt",
+        "tiny_dit.json",
         "tiny_dit.pt",
         "train.log",
     }

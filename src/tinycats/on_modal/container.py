@@ -120,7 +120,7 @@ class Container(ThisMachine):
         self.has_written = True
         _commit(OUTPUTS)
 
-    expects_gpu = True
+    expects_gpu, launcher = True, "modal run"
 
     def how_to_resume(self, run: PurePath) -> str:
         """The command that goes on with the run."""

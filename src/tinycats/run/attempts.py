@@ -11,6 +11,7 @@ from tinycats.images.frames import Frame
 from tinycats.images.packed_images import PackedImages
 from tinycats.run import options as run_options
 from tinycats.run import runs
+from tinycats.run.options import TrainingParser
 from tinycats.script.command_line import Options
 from tinycats.script.errors import UserError
 from tinycats.script.machines import ThisMachine
@@ -54,6 +55,7 @@ class Attempt:
     num_workers: int
     stop: StopSignals
     machine: ThisMachine
+    startup: Startup
 
     def restore(self, parts: dict[str, Part]) -> None:
         """Give each part the state that it has in the checkpoint, if there is one."""
@@ -86,6 +88,33 @@ class Attempt:
         every, description = self.options.save_every, self._description
         description |= {"steps": steps, "submission": self.options.submission}
         return runs.open_run(self.folder, description, metrics, step, self.stop, self.machine, every, self.processes)
+
+    def write_report(
+        self, parser: TrainingParser, step: int, metrics: list[dict[str, Any]], contents: Callable[[], tuple]
+    ) -> None:
+        """Write the finished run's report.html. One that cannot be written is no reason to fail: the model is there.
+
+        Args:
+            contents: what is particular to the script: facts by their names, and a list of sections (`report`).
+        """
+        from tinycats.showing import report
+
+        begun_at = self.checkpoint["step"] if self.checkpoint else 0
+        counts = (len(self.dataset.indices(split)) for split in ("train", "val"))
+        try:
+            facts, sections = contents()
+            known = {
+                **facts,
+                "images": "{} to train on, {} to validate with".format(*counts),
+                "computed on": f"{self.processes.count} x {self.device.name}",
+                "time": f"{self.startup.totals()}, from step {begun_at} to {step}",
+                "speed": self.startup.rate((step - begun_at) * self.options.batch_size),
+            }
+            command = run_options.command(parser, self.options, self.machine.launcher)
+            options = run_options.saved_options(self.options)
+            report.write(self.folder / runs.REPORT, self.folder.name, command, options, known, metrics, sections)
+        except Exception as error:
+            log.warning("There is no report: %s: %s", type(error).__name__, error)
 
     @property
     def _description(self) -> dict[str, Any]:
@@ -124,4 +153,4 @@ def attempt(
         if workers is None:
             workers = machine.num_workers(device.is_gpu)
             workers = max(1, workers // processes.local_count) if workers else 0
-        yield Attempt(script, folder, options, checkpoint, dataset, device, processes, workers, stop, machine)
+        yield Attempt(script, folder, options, checkpoint, dataset, device, processes, workers, stop, machine, startup)

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -144,6 +145,29 @@ def saved_options(options: Options) -> dict:
 def description(script: str, options: Options) -> dict:
     """What a run is, in its checkpoint and, for whoever has no torch, in its folder: script, version, options."""
     return {"script": script, "computation": runs.COMPUTATION, "options": saved_options(options)}
+
+
+def command(parser: TrainingParser, options: Options, launcher: str) -> str:
+    """The command that makes the same run: what is not by default.
+
+    Args:
+        launcher: `python` or `modal run`.
+    """
+    words = [*launcher.split(), f"src/{parser.prog}", str(options.data_dir).removeprefix("/")]
+    for action in parser._actions:
+        name = action.dest
+        if name in FREE_ON_RESUME or name == "help" or getattr(options, name) in (action.default, None):
+            continue
+        value = getattr(options, name)
+        option = action.option_strings[0]
+        words += (
+            [f"--no-{option[2:]}"]
+            if value is False
+            else [option]
+            if value is True
+            else [option, f"{value:g}" if isinstance(value, float) else str(value)]
+        )
+    return shlex.join(words)
 
 
 def train_on_this_machine(parser: TrainingParser, train: Callable[[Options, StopSignals, ThisMachine], object]) -> int:

@@ -23,6 +23,7 @@ class ThisMachine:
     """
 
     expects_gpu = False  # whether training without one is worth a warning
+    launcher = "python"  # what starts a script there
 
     def __init__(self, script: str):
         self.script = script

@@ -48,10 +48,16 @@ class Startup:
 
         if torch.cuda.is_available():
             log.info("%.1f GiB of GPU memory at the peak", torch.cuda.max_memory_allocated() / 2**30)
-        total = time.monotonic() - self._began
-        log.info(
-            "%.0f seconds in all, %.0f of them training (%.0f%%)", total, self._trained, 100 * self._trained / total
-        )
+        log.info(self.totals())
+
+    def totals(self) -> str:
+        """How long this process has run so far, and how much of that it trained."""
+        total, trained = time.monotonic() - self._began, self._trained
+        return f"{total:.0f} seconds in all, {trained:.0f} of them training ({trained / total:.0%})"
+
+    def rate(self, images: int) -> str:
+        """How many images it trained on in a second, if it was so many."""
+        return f"{images / self._trained:.0f} images/s" if self._trained else "-"
 
 
 def _process_began_at() -> float:

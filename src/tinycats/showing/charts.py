@@ -93,7 +93,7 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 def _ticks(low: float, high: float) -> list[float]:
     """Four to eight round numbers, the first no higher than `low` and the last no lower than `high`."""
-    if high <= low:
+    if high - low <= 1e-4 * max(abs(low), abs(high)):  # nothing that round numbers could tell apart
         low, high = low - (abs(low) or 1) / 2, low + (abs(low) or 1) / 2
     raw = (high - low) / 5
     magnitude = 10 ** math.floor(math.log10(raw))
