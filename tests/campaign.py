@@ -35,6 +35,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+import export
+import gallery
+import predict
+import runs
+import sample
 import test_train
 import test_train_dit
 import train
@@ -48,6 +53,7 @@ from tinycats.images.frames import Frame
 from tinycats.images.toy_cats import draw_toy_cats
 from tinycats.on_modal import laptop
 from tinycats.run import checkpoints
+from tinycats.run.finished import MODELS
 from tinycats.run.runs import log_to_stdout
 from tinycats.script.errors import UserError
 from tinycats.script.machines import ThisMachine
@@ -275,7 +281,7 @@ def damaged_checkpoint(script: Script, root: Path, seed: int) -> Iterator[str]:
 def damaged_model(script: Script, root: Path, seed: int) -> Iterator[str]:
     """cats_model.pt, tiny_dit.pt."""
     load = {"train.py": classifier.load, "train_dit.py": generator.load}[script.name]
-    path = script.reference / script.module.MODEL
+    path = script.reference / MODELS[script.name]
     with folder_below(root) as folder:
         shutil.copy(path, folder / path.name)
         damage(folder / path.name, random.Random(seed))
@@ -359,32 +365,46 @@ def random_line(parser: argparse.ArgumentParser, rng: random.Random) -> list[str
     return words
 
 
-def command_line(script: Script, data: Path, root: Path, seed: int) -> Iterator[str]:
-    """A random command line, as `python` and as `modal run` read it; one that is right starts a run."""
-    rng = random.Random(seed)
-    parser = script.module.PARSER
-    words = random_line(parser, rng)
-    on_modal = rng.random() < 0.4
+def read_line(module: ModuleType, words: list[str], on_modal: bool) -> tuple[str, argparse.Namespace | None]:
+    """How a script reads a command line, as `python` or as `modal run` does; and its options, if it takes it."""
+    parser = module.PARSER
     output, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
         try:
             options = parser.parse(words, on_modal=on_modal)
-            if on_modal:
+            if on_modal and hasattr(options, "data_dir"):
                 try:
-                    laptop._check(options)
+                    laptop.check_run(options)
                 except UserError as error:
                     parser.error(str(error))
         except SystemExit as end:
             if end.code == 0 and not errors.getvalue() and "usage" in output.getvalue():
-                yield SAME  # the help that was asked for
-                return
+                return SAME, None  # the help that was asked for
             if end.code != 2:
                 raise Defect(f"{words}: exit {end.code}") from None
             require_one_line(errors.getvalue(), "error: ")
-            yield REFUSED
-            return
+            return REFUSED, None
         except BaseException as error:
-            raise Defect(f"{script.name} {words}: {type(error).__name__}: {error}") from error
+            raise Defect(f"{parser.prog} {words}: {type(error).__name__}: {error}") from error
+    return SAME, options
+
+
+def command_line_that_uses(module: ModuleType, seed: int) -> Iterator[str]:
+    """A random command line of a script that trains nothing."""
+    rng = random.Random(seed)
+    outcome, _ = read_line(module, random_line(module.PARSER, rng), on_modal=rng.random() < 0.4)
+    yield outcome
+
+
+def command_line(script: Script, data: Path, root: Path, seed: int) -> Iterator[str]:
+    """A random command line of one that trains; one that is right starts a run."""
+    rng = random.Random(seed)
+    words = random_line(script.module.PARSER, rng)
+    on_modal = rng.random() < 0.4
+    outcome, options = read_line(script.module, words, on_modal)
+    if options is None:
+        yield outcome
+        return
     if on_modal or options.data_dir != Path("cats") or getattr(options, "dim", 0) > 1000:
         yield SAME  # not run here
         return
@@ -488,6 +508,9 @@ def campaign(root: Path, short: bool, seed: int, jobs: int) -> Table:
             for _ in much(75, 4):
                 table.add("damaged checkpoints", partial(damaged_checkpoint, script, root, next(seeds)))
                 table.add("damaged models", partial(damaged_model, script, root, next(seeds)))
+        for module in (predict, sample, runs, export, gallery):
+            for _ in much(400, 20):
+                table.add("command lines", partial(command_line_that_uses, module, next(seeds)))
         for _ in much(150, 10):
             table.add("damaged packed images", partial(damaged_pack, data, root, next(seeds)))
         for _ in much(15, 2):

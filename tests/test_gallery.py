@@ -396,6 +396,8 @@ def test_a_mistake_is_one_line(arguments, message, capsys):
 def test_deployed_it_reads_the_volume_and_its_address_has_the_token(modal_cloud, tmp_path):
     """As far as the stand-in goes: it has no web endpoints, so that the page itself is asked on this machine only."""
     path = REPOSITORY / "src" / "gallery.py"
+    served = modal_cloud.run("modal", "serve", path, "--timeout", "1", cwd=tmp_path)
+    assert served.status == 0 and "Serving" in served.stdout, served.output
     before = modal_cloud.run("modal", "run", path, cwd=tmp_path)
     assert (before.status, before.stderr) == (1, "error: the gallery is not deployed: modal deploy src/gallery.py\n")
     deployed = modal_cloud.run("modal", "deploy", path, cwd=tmp_path)
@@ -408,3 +410,4 @@ def test_deployed_it_reads_the_volume_and_its_address_has_the_token(modal_cloud,
     addresses = [modal_cloud.run("modal", "run", "-q", path, cwd=tmp_path).stdout.strip() for _ in range(2)]
     assert addresses[0] == addresses[1]
     assert len(addresses[0].partition("?token=")[2]) == 32
+    assert modal_cloud.missing == []

@@ -1,7 +1,9 @@
 """`python src/predict.py …`, with the classifier that the command of `make smoke` makes."""
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 import predict
 from conftest import script_process
 from tinycats import classifier
+from tinycats.script.command_line import run_on_this_machine
 from tinycats.script.signals import StopSignals
 
 pytestmark = pytest.mark.slow
@@ -103,13 +106,20 @@ def test_a_mistake_is_one_line_before_torch_is_imported(arguments, message, trai
     assert error.count("\n") == 1
 
 
-def test_a_generator_is_refused_and_a_reader_who_has_seen_enough_is_no_error(trained):
+def test_another_file_is_refused(trained):
     Path("wrong.pt").write_bytes(b"PK")
     process = script_process("predict.py", "photos", "--model", "wrong.pt", cwd=trained)
     output, errors = process.communicate(timeout=100)
     assert (process.returncode, output) == (1, "")
     assert errors == "error: wrong.pt is cut off or is no file of this program\n"
-    process = script_process("predict.py", "photos", cwd=trained, cold=True)
-    process.stdout.close()
-    assert process.wait(timeout=100) == 141
-    assert process.stderr.read() == ""
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(trained, monkeypatch, capfd):
+    """`… | head`: here in this process, whose standard output goes to a pipe that nobody reads."""
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(sys, "argv", ["predict.py", "photos"])
+    with os.fdopen(write, "w", buffering=1) as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert run_on_this_machine(predict.PARSER, predict.predict_here) == 141
+    assert capfd.readouterr().err == ""

@@ -305,6 +305,9 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
             else:
                 await asyncio.sleep(0.05)
 
+    async def TaskList(self, request: Any) -> api_pb2.TaskListResponse:
+        return api_pb2.TaskListResponse()  # of an app that is served, whose containers nobody here has asked anything
+
     # --- images and mounts ---------------------------------------------------------------------------------------
 
     async def ImageGetOrCreate(self, request: api_pb2.ImageGetOrCreateRequest) -> api_pb2.ImageGetOrCreateResponse:

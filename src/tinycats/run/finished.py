@@ -6,7 +6,8 @@ from pathlib import Path, PurePath
 from tinycats.run import checkpoints, runs
 from tinycats.script.errors import UserError
 
-CLASSIFIER, GENERATOR = "cats_model.pt", "tiny_dit.pt"  # of train.py, of train_dit.py
+CLASSIFIER, GENERATOR = "cats_model.pt", "tiny_dit.pt"
+MODELS = {"train.py": CLASSIFIER, "train_dit.py": GENERATOR}
 OUTPUT_DIR = Path("outputs")
 
 

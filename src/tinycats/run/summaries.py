@@ -13,7 +13,6 @@ from tinycats.script.errors import UserError, looking_at_what_the_user_named
 from tinycats.script.machines import ThisMachine
 
 FINISHED, IN_PROGRESS, INTERRUPTED = "finished", "in progress", "interrupted"
-_MODELS = {"train.py": finished.CLASSIFIER, "train_dit.py": finished.GENERATOR}
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ def summary(
     told = parsed_object(description)
     rows = parsed_metrics(metrics)
     script = str(told.get("script", "?"))
-    state = IN_PROGRESS if in_progress else FINISHED if _MODELS.get(script) in files else INTERRUPTED
+    state = IN_PROGRESS if in_progress else FINISHED if finished.MODELS.get(script) in files else INTERRUPTED
     step = max((row["step"] for row in rows), default=0)
     return Summary(name, script, told.get("options", {}), step, told.get("steps"), best(rows), changed, state)
 
