@@ -176,7 +176,7 @@ def train(
     """The EMA of a model trained on the images, as if they were of one class, and the steps that it took."""
     torch.manual_seed(options.seed)
     model = wrap(TinyDiT(1, options.image_size, options.patch_size, options.dim, options.depth, options.heads))
-    ema = ema_model(model, 0.999)
+    ema = ema_model(model, options.ema_beta)
     device = devices.choose("cpu", mixed_precision=True)
     optimizer = adamw(model, options.lr, 0.0, beta2)
     if muon:
@@ -219,6 +219,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=96)
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--ema-beta", type=float, default=0.999)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/choices"))
     options = parser.parse_args()

@@ -14,6 +14,7 @@ import logging
 import secrets
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,9 @@ def token() -> str:
     return TOKENS[TOKEN]
 
 
-@app.function(**resources.using_models() | {"volumes": {resources.OUTPUTS_MOUNT: resources.READ_ONLY_OUTPUTS}})
+@app.function(
+    **resources.using_models() | {"volumes": {resources.OUTPUTS_MOUNT: resources.READ_ONLY_OUTPUTS}}, max_containers=1
+)
 @modal.concurrent(max_inputs=50)
 @modal.asgi_app(label=APP)
 def web() -> Any:
@@ -83,11 +86,15 @@ def web() -> Any:
                 log.info("The volume is not reloaded: %s", error)
             refreshed = time.monotonic()
 
-    def is_in_progress(_folder: Path, description: dict[str, Any]) -> bool:
+    @lru_cache(maxsize=256)
+    def asked(submission: str | None, _when: int) -> bool:
         try:
-            return stored_runs.is_in_progress(description)
+            return stored_runs.is_in_progress({"submission": submission})
         except TransientError:
             return False
+
+    def is_in_progress(_folder: Path, description: dict[str, Any]) -> bool:
+        return asked(description.get("submission"), int(time.monotonic() / REFRESH_EVERY))
 
     return gallery.app(output_dir, token=token(), found=LocalRuns(output_dir, is_in_progress), refresh=refresh)
 

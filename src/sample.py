@@ -76,6 +76,10 @@ class SampleParser(Parser):
         )
         self.add_gpu_option(self.add_argument_group("Modal only"))
 
+    def complete(self, options: Options, on_modal: bool) -> None:
+        if on_modal and "device" in options.given:
+            self.error("--device is for this machine; on Modal --gpu says what to rent")
+
     def check(self, options: Options) -> None:
         options.output_dir = options.output_dir or finished.OUTPUT_DIR / "samples" / runs.new_name()
         try:

@@ -7,7 +7,7 @@ import modal
 
 from tinycats.on_modal.resources import CLAIMS, OUTPUTS, OUTPUTS_MOUNT, how_to_resume, listed
 from tinycats.run import runs
-from tinycats.run.summaries import IN_PROGRESS, Summary, is_run, no_such_run, parsed_object, summary
+from tinycats.run.summaries import Summary, is_run, measured, no_such_run, parsed_object, summary
 from tinycats.script.errors import TransientError, UserError
 
 MAX_PREPARATIONS = 3  # of the images of one run: whoever finds them damaged has them prepared again
@@ -32,10 +32,9 @@ class StoredRuns:
         return how_to_resume(summary.script, runs.folder_of(self._output_path, summary.name))
 
     def remove(self, name: str) -> None:
-        found = self._summary(name)
-        if found is None:
+        if self._summary(name) is None:
             raise UserError(no_such_run(name, [found.name for found in self.summaries()]))
-        if found.state == IN_PROGRESS:
+        if is_in_progress(self._description(name)):  # one that has its model is not at its end yet
             raise UserError(f"the run {name} is in progress")
         OUTPUTS.remove_file(str(self._folder / name), recursive=True)
 
@@ -43,12 +42,19 @@ class StoredRuns:
         entries = {PurePosixPath(entry.path).name: entry for entry in listed(OUTPUTS, self._folder / name)}
         if not is_run(entries):
             return None
-        description, metrics = (
-            b"".join(OUTPUTS.read_file(str(self._folder / name / file))) if file in entries else b""
-            for file in (runs.DESCRIPTION, runs.METRICS)
-        )
+        told = self._description(name) if runs.DESCRIPTION in entries else {}
+        metrics = self._read(name, runs.METRICS) if runs.METRICS in entries else b""
         changed = max(entry.mtime for entry in entries.values())
-        return summary(name, entries, description, metrics, changed, is_in_progress(parsed_object(description)))
+        return summary(name, entries, told, measured(metrics), changed, lambda: is_in_progress(told))
+
+    def _description(self, name: str) -> dict[str, Any]:
+        return parsed_object(self._read(name, runs.DESCRIPTION))
+
+    def _read(self, name: str, file: str) -> bytes:
+        try:
+            return b"".join(OUTPUTS.read_file(str(self._folder / name / file)))
+        except (FileNotFoundError, modal.exception.NotFoundError):
+            return b""
 
 
 def is_in_progress(description: dict[str, Any]) -> bool:

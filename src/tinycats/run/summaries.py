@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,14 +80,13 @@ class LocalRuns:
             files = {path.name for path in folder.iterdir()}
             if not is_run(files):
                 return None
-            description, metrics = (
-                (folder / file).read_bytes() if file in files else b"" for file in (runs.DESCRIPTION, runs.METRICS)
-            )
-            changed = (folder / runs.METRICS if runs.METRICS in files else folder).stat().st_mtime
+            told = parsed_object((folder / runs.DESCRIPTION).read_bytes() if runs.DESCRIPTION in files else b"")
+            metrics = folder / runs.METRICS
+            stat = (metrics if runs.METRICS in files else folder).stat()
+            measured = _measured_in(metrics, stat.st_mtime_ns, stat.st_size) if runs.METRICS in files else NOTHING
         except FileNotFoundError:  # it was removed meanwhile
             return None
-        in_progress = self._is_in_progress(folder, parsed_object(description))
-        return summary(name, files, description, metrics, changed, in_progress)
+        return summary(name, files, told, measured, stat.st_mtime, lambda: self._is_in_progress(folder, told))
 
     def how_to_resume(self, summary: Summary) -> str:
         return ThisMachine(summary.script).how_to_resume(runs.folder_of(self._output_dir, summary.name))
@@ -114,21 +114,48 @@ def no_such_run(name: str, known: list[str]) -> str:
     return f"there is no run {name}; there are {', '.join(known) or 'none'}"
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What the rows of metrics.jsonl say: the last step, and the best value of what a run is judged by."""
+
+    step: int = 0
+    best: tuple[str, float] | None = None
+
+
+NOTHING = Measured()
+
+
+def measured(metrics: bytes) -> Measured:
+    """What metrics.jsonl says."""
+    rows = parsed_metrics(metrics)
+    return Measured(max((row["step"] for row in rows), default=0), best(rows))
+
+
+@lru_cache(maxsize=1024)
+def _measured_in(path: Path, _changed: int, _size: int) -> Measured:
+    return measured(path.read_bytes())
+
+
 def summary(
-    name: str, files: Collection[str], description: bytes, metrics: bytes, changed: float, in_progress: bool
+    name: str,
+    files: Collection[str],
+    description: dict[str, Any],
+    measured: Measured,
+    changed: float,
+    is_in_progress: Callable[[], bool],
 ) -> Summary:
     """Sum up a run.
 
     Args:
         files: the names of those in its folder.
-        description, metrics: what its run.json and metrics.jsonl hold; empty if they are not there.
+        description: what its run.json holds.
+        is_in_progress: asked only of a run that is not finished.
     """
-    told = parsed_object(description)
-    rows = parsed_metrics(metrics)
-    script = str(told.get("script", "?"))
-    state = IN_PROGRESS if in_progress else FINISHED if finished.MODELS.get(script) in files else INTERRUPTED
-    step = max((row["step"] for row in rows), default=0)
-    return Summary(name, script, told.get("options", {}), step, told.get("steps"), best(rows), changed, state)
+    script = str(description.get("script", "?"))
+    is_finished = finished.MODELS.get(script) in files
+    state = FINISHED if is_finished else IN_PROGRESS if is_in_progress() else INTERRUPTED
+    options, steps = description.get("options", {}), description.get("steps")
+    return Summary(name, script, options, measured.step, steps, measured.best, changed, state)
 
 
 def parsed_metrics(metrics: bytes) -> list[dict[str, Any]]:

@@ -116,18 +116,26 @@ def app(
             raise HTTPException(404)
         return Response((_HERE / f"page{suffix}").read_bytes(), media_type=_KINDS[suffix])
 
+    def is_inside(path: Path) -> bool:
+        """Whether a path is below the outputs, wherever links lead."""
+        return path.resolve().is_relative_to(output_dir.resolve())
+
+    def all_of_them() -> list[Summary]:
+        """The runs, the last one first."""
+        summaries = [summary for summary in found.summaries() if is_inside(runs.folder_of(output_dir, summary.name))]
+        return sorted(summaries, key=lambda summary: -summary.changed)
+
     def one(name: str) -> Summary:
         """The run of that name, which is one of those that there are."""
-        if name not in {path.name for path in runs.folder_of(output_dir, "").glob("*/")}:
-            raise HTTPException(404, "there is no such run")
-        if (summary := found.summary(name)) is None:
+        folders = {path.name for path in runs.folder_of(output_dir, "").glob("*/") if is_inside(path)}
+        if name not in folders or (summary := found.summary(name)) is None:
             raise HTTPException(404, "there is no such run")
         return summary
 
     def stored(*parts: str) -> Path:
-        """A file below the outputs; links do not lead out of them."""
+        """A file below the outputs."""
         path = output_dir.joinpath(*parts)
-        if not path.resolve().is_relative_to(output_dir.resolve()) or not path.is_file():
+        if not is_inside(path) or not path.is_file():
             raise HTTPException(404, "there is no such file")
         return path
 
@@ -137,30 +145,13 @@ def app(
     @page.get("/api/runs")
     def listing(request: Request) -> Response:
         refresh()
-        listed = [
-            {
-                "name": summary.name,
-                "script": summary.script,
-                "state": summary.state,
-                "step": summary.step,
-                "steps": summary.steps,
-                "best": summary.best and {"metric": summary.best[0], "value": summary.best[1]},
-                "changed": summary.changed,
-            }
-            for summary in sorted(found.summaries(), key=lambda summary: -summary.changed)
-        ]
+        listed = [_in_brief(summary) for summary in all_of_them()]
         return _unless_known(request, json.dumps(listed).encode(), "application/json")
 
     @page.get("/api/runs/{name}")
     def run(name: str, request: Request) -> Response:
         summary = one(name)
-        told = {
-            "name": name,
-            "script": summary.script,
-            "state": summary.state,
-            "step": summary.step,
-            "steps": summary.steps,
-            "best": summary.best and {"metric": summary.best[0], "value": summary.best[1]},
+        told = _in_brief(summary) | {
             "options": {key: value for key, value in summary.options.items() if value is not None},
             "resume": found.how_to_resume(summary),
             "samples": grids(name),
@@ -188,8 +179,7 @@ def app(
     @page.get("/runs/{name}/report.html")
     def run_report(name: str) -> Response:
         one(name)
-        response = Response(stored("runs", name, runs.REPORT).read_bytes(), media_type="text/html")
-        return response
+        return Response(stored("runs", name, runs.REPORT).read_bytes(), media_type="text/html")
 
     def model_file(kind: str, name: str) -> Path:
         """The finished model of a run, or the last one, where no run is named."""
@@ -204,7 +194,7 @@ def app(
         answer: dict[str, Any] = {}
         for kind in (finished.CLASSIFIER, finished.GENERATOR):
             files = {"": output_dir / kind}
-            files |= {run.name: runs.folder_of(output_dir, run.name) / kind for run in found.summaries()}
+            files |= {run.name: runs.folder_of(output_dir, run.name) / kind for run in all_of_them()}
             there = {name: _facts(path) for name, path in files.items() if path.is_file()}
             answer[kind] = [{"run": name, "classes": facts.get("classes", [])} for name, facts in there.items()]
         return answer
@@ -255,6 +245,19 @@ def _asked_for_token(request: Request, token: str) -> Response:
 
 
 # --- what is asked for -------------------------------------------------------------------------------------------
+
+
+def _in_brief(summary: Summary) -> dict[str, Any]:
+    """What the page's list has of a run."""
+    return {
+        "name": summary.name,
+        "script": summary.script,
+        "state": summary.state,
+        "step": summary.step,
+        "steps": summary.steps,
+        "best": summary.best and {"metric": summary.best[0], "value": summary.best[1]},
+        "changed": summary.changed,
+    }
 
 
 async def _body(request: Request) -> bytes:
