@@ -13,7 +13,6 @@ machine (up to the rounding of floating point). Called by its name:
     modal.Function.from_name("tiny-cats-sample", "sample").remote(["Siamese"], count=4)    # {"Siamese-0001.png": …, …}
 """
 
-import io
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -158,42 +157,32 @@ def png_files(
     Raises:
         UserError: there is no such class.
     """
-    import torch
     from torchvision.utils import make_grid
     from tqdm import tqdm
 
+    from tinycats.generator import png
+
     classes = list(dict.fromkeys(classes)) or model.classes
     finished.require_classes(classes, model.classes)
-    wanted = [(name, number) for name in classes for number in range(count)]
+    wanted = [
+        (name, number, noise) for name in classes for number, noise in enumerate(model.noise_numbers(name, count))
+    ]
     columns = min(count, GRID_COLUMNS)
     of_grid: list[torch.Tensor] = []
     with tqdm(total=len(wanted), unit="img", disable=None) as bar:
         for first in range(0, len(wanted), batch_size):
             batch = wanted[first : first + batch_size]
+            names = [name for name, *_ in batch]
+            numbers = [noise for *_, noise in batch]
             images = model.sample(
-                [name for name, _ in batch],
-                seed=seed,
-                # An image has its noise to itself, and keeps it, whatever else is sampled.
-                numbers=[number * len(model.classes) + model.classes.index(name) for name, number in batch],
-                guidance_scale=cfg_scale,
-                batch_size=batch_size,
-                steps=steps,
+                names, seed=seed, numbers=numbers, guidance_scale=cfg_scale, batch_size=batch_size, steps=steps
             )
-            for (name, number), image in zip(batch, images, strict=True):
+            for (name, number, _), image in zip(batch, images, strict=True):
                 yield file_name(name, number + 1), png(image)
                 if number < columns:
                     of_grid.append(image)
             bar.update(len(batch))
     yield GRID, png(make_grid(of_grid, nrow=columns, padding=2, pad_value=255))
-
-
-def png(image: "torch.Tensor") -> bytes:
-    """An image, uint8 [3, H, W], as a PNG file."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "png")
-    return file.getvalue()
 
 
 def require_free(folder: Path, classes: Sequence[str], count: int) -> None:

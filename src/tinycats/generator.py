@@ -1,5 +1,6 @@
 """The cat generator: TinyDiT's images, its grids of samples, its file."""
 
+import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 
 from tinycats.images.augmentation import BatchRng, mirror_half
 from tinycats.images.batches import SAMPLING, seed_for
@@ -42,6 +44,13 @@ def to_unit(images: torch.Tensor) -> torch.Tensor:
 def to_bytes(images: torch.Tensor) -> torch.Tensor:
     """float [B, 3, S, S] in [-1, 1] (what is outside is cut off) -> uint8."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def png(image: torch.Tensor) -> bytes:
+    """An image, uint8 [3, H, W], as a PNG file."""
+    file = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "png")
+    return file.getvalue()
 
 
 def starting_noise(numbers: Iterable[int], image_size: int, seed: int) -> torch.Tensor:
@@ -137,6 +146,11 @@ class Generator:
             for part, some in zip(noise.split(batch_size), labels.split(batch_size), strict=True)
         ]
         return to_bytes(torch.cat(samples)).cpu()
+
+    def noise_numbers(self, name: str, count: int) -> list[int]:
+        """The numbers of the noise that the first `count` images of a class begin with: an image has its noise to
+        itself, and keeps it, whatever else is sampled."""
+        return [number * len(self.classes) + self.classes.index(name) for number in range(count)]
 
     def to(self, device: torch.device | str) -> "Generator":
         """Itself, on that device."""

@@ -321,17 +321,10 @@ def _classified(path: Path, photo: bytes) -> dict[str, Any]:
 
 
 def _sampled(path: Path, name: str, count: int, seed: int, steps: int) -> list[str]:
-    from PIL import Image
-
     from tinycats import generator
 
     model = _model(generator.load, path)
     if name not in model.classes:
         raise HTTPException(400, "there is no such class")
-    label, images = model.classes.index(name), []
-    numbers = [number * len(model.classes) + label for number in range(count)]  # as src/sample.py has them
-    for image in model.sample([name] * count, seed=seed, numbers=numbers, steps=steps):
-        file = io.BytesIO()
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "png")
-        images.append(base64.b64encode(file.getvalue()).decode())
-    return images
+    images = model.sample([name] * count, seed=seed, numbers=model.noise_numbers(name, count), steps=steps)
+    return [base64.b64encode(generator.png(image)).decode() for image in images]
