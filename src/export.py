@@ -68,7 +68,7 @@ def export(options: Options, _stop: StopSignals) -> None:
     contents = checkpoints.load(options.model)
     is_classifier = contents.get("model") == "classifier"
     loaded = classifier.load(options.model) if is_classifier else generator.load(options.model)
-    facts = {name: value for name, value in contents.items() if name not in ("state_dict", "guide")}
+    facts = checkpoints.facts_in(contents)
     try:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         if options.format == SAFETENSORS:

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -43,13 +44,17 @@ def save_model(path: Path, contents: dict[str, Any]) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    facts = {name: value for name, value in contents.items() if name not in ("state_dict", "guide")}
     try:
         save(path, contents)
         with atomic_write(path.with_suffix(FACTS)) as file:
-            file.write((json.dumps(facts, indent=1) + "\n").encode())
+            file.write((json.dumps(facts_in(contents), indent=1) + "\n").encode())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; the run's checkpoint has the weights") from error
+
+
+def facts_in(contents: Mapping[str, Any]) -> dict[str, Any]:
+    """All of what a finished model's file holds that is no tensor."""
+    return {name: value for name, value in contents.items() if name not in ("state_dict", "guide")}
 
 
 def publish_model(path: Path, destination: Path) -> None:

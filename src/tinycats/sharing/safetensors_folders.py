@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from tinycats.run import checkpoints
 from tinycats.run.durable_files import atomic_folder
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -25,7 +26,7 @@ def write(folder: Path, contents: Mapping[str, Any]) -> None:
     """
     tensors = {name: tensor.contiguous() for name, tensor in contents["state_dict"].items()}
     tensors |= {_GUIDE + name: tensor.contiguous() for name, tensor in (contents.get("guide") or {}).items()}
-    facts = {name: value for name, value in contents.items() if name not in ("state_dict", "guide")}
+    facts = checkpoints.facts_in(contents)
     with atomic_folder(folder) as partial:
         (partial / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
         (partial / CONFIG).write_text(json.dumps(facts, indent=1) + "\n")
