@@ -13,7 +13,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -275,13 +274,7 @@ def loaded(load: Callable[[Path], _Model], model: str) -> _Model:
     path = Path(OUTPUTS_MOUNT, PurePosixPath("/", model).relative_to("/"))
     if ".." in path.parts:
         raise UserError(f"{model} is not in the volume {OUTPUTS_VOLUME}")
-    finished.require(path)
-    return _loaded(load, path, path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=1)
-def _loaded(load: Callable[[Path], _Model], path: Path, _changed: int) -> _Model:
-    return load(path)
+    return finished.loaded(load, path)
 
 
 def options_of(parser: Parser, payload: dict[str, Any]) -> Options:

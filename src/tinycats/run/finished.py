@@ -1,7 +1,9 @@
 """Finished models: what the scripts that train call them, and which one a user means."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path, PurePath
+from typing import TypeVar
 
 from tinycats.run import checkpoints, runs
 from tinycats.script.errors import UserError
@@ -9,6 +11,8 @@ from tinycats.script.errors import UserError
 CLASSIFIER, GENERATOR = "cats_model.pt", "tiny_dit.pt"
 MODELS = {"train.py": CLASSIFIER, "train_dit.py": GENERATOR}
 OUTPUT_DIR = Path("outputs")
+
+_Model = TypeVar("_Model")
 
 
 def path_of(named: str | None, name: str, output_dir: Path = OUTPUT_DIR) -> Path:
@@ -38,6 +42,24 @@ def require(path: Path) -> None:
     if checkpoints.has_checkpoint(path.parent):
         raise UserError(not_finished(path))
     raise UserError(missing(str(path)))
+
+
+def loaded(load: Callable[[Path], _Model], path: Path) -> _Model:
+    """The finished model of a file, as it is there now; read when it is asked for first, or has changed.
+
+    Args:
+        load: of `classifier` or `generator`.
+
+    Raises:
+        UserError: it is not there, or no model of that kind.
+    """
+    require(path)
+    return _loaded(load, path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=2)  # a classifier and a generator
+def _loaded(load: Callable[[Path], _Model], path: Path, _changed: int) -> _Model:
+    return load(path)
 
 
 def missing(model: str) -> str:

@@ -12,7 +12,6 @@ import io
 import json
 import secrets
 from collections.abc import Awaitable, Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -289,14 +288,9 @@ def _facts(model: Path) -> dict[str, Any]:
         return {}
 
 
-@lru_cache(maxsize=2)
-def _loaded(load: Callable[[Path], Any], path: Path, _changed: int) -> Any:
-    return load(path)
-
-
 def _model(load: Callable[[Path], Any], path: Path) -> Any:
     try:
-        return _loaded(load, path, path.stat().st_mtime_ns)
+        return finished.loaded(load, path)
     except (UserError, OSError) as error:
         raise HTTPException(409, one_line(str(error))) from error
 
