@@ -16,7 +16,9 @@ no less than the bound (the product's, if none is named; 1 leaves it the error o
 what is predicted, not the image. Narrow, late, uniform: other timesteps to train at than the product's; a tenth
 uniform: one timestep in ten is uniform. Usual: the position embedding of the DiT paper, AdamW's usual memory
 of squared gradients. AdamW: for all weights, instead of Muon for the blocks' matrices. Patches: each is drawn by its
-token alone, no convolution across their borders. Sees noise: what is predicted is mixed with the noisy image, the more
+token alone, no convolution across their borders. Diffusers: DiTTransformer2DModel of the same shape in a plain loop,
+which predicts the velocity at uniform timesteps and is moved by AdamW (pip install diffusers; it is in no list of ours,
+and no test runs it). Sees noise: what is predicted is mixed with the noisy image, the more
 of it the less noise it has.
 """
 
@@ -97,6 +99,31 @@ class PredictsVelocity(torch.nn.Module):
         return points + (1 - timesteps).view(-1, 1, 1, 1) * self.model(points, timesteps, classes)
 
 
+class OfDiffusers(torch.nn.Module):
+    """diffusers' transformer of the same shape, which predicts the velocity."""
+
+    def __init__(self, model: TinyDiT):
+        super().__init__()
+        from diffusers import DiTTransformer2DModel
+
+        dim, heads = model.position.shape[1], model.blocks[0].heads
+        self.transformer = DiTTransformer2DModel(
+            num_attention_heads=heads,
+            attention_head_dim=dim // heads,
+            in_channels=3,
+            out_channels=3,
+            num_layers=len(model.blocks),
+            sample_size=model.image_size,
+            patch_size=model.patch_size,
+            num_embeds_ada_norm=1,
+        )
+
+    def forward(self, points: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        # Its timesteps count a thousand steps towards noise.
+        velocity = self.transformer(points, timestep=1000 * (1 - timesteps), class_labels=classes).sample
+        return points + (1 - timesteps).view(-1, 1, 1, 1) * velocity
+
+
 def usual_positions(model: TinyDiT) -> TinyDiT:
     """The same model with the position embedding of the DiT paper, whose waves are those made for sentences."""
     side, dim = model.image_size // model.patch_size, model.position.shape[1]
@@ -130,6 +157,13 @@ VARIANTS: dict[str, dict] = {
     "adamw": {"muon": False},
     "patches": {"wrap": drawn_by_patches},
     "patches, adamw": {"wrap": drawn_by_patches, "muon": False},
+    "diffusers": {
+        "wrap": OfDiffusers,
+        "muon": False,
+        "timesteps": uniform,
+        "schedule": warmup_constant,
+        "beta2": 0.999,
+    },
     "sees noise": {"wrap": SeesNoise},
     "velocity": {"wrap": PredictsVelocity},
     "constant rate": {"schedule": warmup_constant},

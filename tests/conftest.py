@@ -158,7 +158,7 @@ def damage(path: Path, rng: random.Random) -> None:
 @pytest.fixture(scope="session")
 def smoke(shared_folder) -> Path:
     """The folder in which the command of `make smoke` was run."""
-    command = ("train.py", "data/toy", "--epochs", "6", "--batch-size", "16", "--lr", "1e-3")
+    command = ("train.py", "data/toy", "--epochs", "3", "--batch-size", "16", "--lr", "1e-3")
     return shared_folder("smoke", lambda folder: run_quietly(*command, cwd=folder))
 
 

@@ -73,7 +73,7 @@ def test_a_classifiers_report_says_what_was_done_and_what_is_taken_for_what(smok
     text = (run / "report.html").read_text()
     page = Page(text)
     assert page.elsewhere == []
-    command = "python src/train.py data/toy --no-pretrained --image-size 64 --batch-size 16 --lr 0.001 --epochs 6"
+    command = "python src/train.py data/toy --no-pretrained --image-size 64 --batch-size 16 --lr 0.001 --epochs 3"
     assert f"<code>{command}</code>" in text
     best = max(
         (row for row in parsed_metrics((run / "metrics.jsonl").read_bytes()) if "val_loss" in row),

@@ -136,11 +136,11 @@ def test_sixteen_images_are_memorised_and_sampled_again_from_their_own_noise(sma
     torch.manual_seed(0)
     model = TinyDiT(16, image_size=16, patch_size=4, dim=96, depth=3, heads=3)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 350)
     rng = torch.Generator().manual_seed(0)
     noise = torch.randn(targets.shape, generator=rng)
     batch = noise.repeat(at_once, 1, 1, 1), targets.repeat(at_once, 1, 1, 1)
-    for _ in range(500):
+    for _ in range(350):
         loss = flow_matching_loss(model, *batch, sample_timesteps(16 * at_once, rng), labels.repeat(at_once))
         optimizer.zero_grad()
         loss.backward()
@@ -152,15 +152,18 @@ def test_sixteen_images_are_memorised_and_sampled_again_from_their_own_noise(sma
 
 
 @pytest.mark.slow
-def test_after_300_steps_a_classifier_recognises_the_coats_of_the_samples(smoke, tmp_path):
-    """The README's command for a generator on a laptop, for a smaller one; `make smoke`'s classifier. Chance is 0.2."""
+def test_after_400_steps_a_classifier_recognises_the_coats_of_the_samples(smoke, tmp_path):
+    """The README's command for a generator on a laptop, for a smaller one; `make smoke`'s classifier. Chance is 0.2.
+
+    It comes to 1. With batches of 64 at half of the rate, in 300 steps and more time, it came to 0.9.
+    """
     shape = ("--image-size", 32, "--patch-size", 8, "--dim", 128, "--depth", 4, "--heads", 4)
-    settings = ("--steps", 300, "--batch-size", 64, "--lr", "2e-3", "--sample-steps", 5)
+    settings = ("--steps", 400, "--batch-size", 32, "--lr", "4e-3", "--sample-steps", 5)
     run_quietly("train_dit.py", "data/toy", *shape, *settings, cwd=tmp_path)
     finished = generator.load(tmp_path / "outputs" / "tiny_dit.pt")
     trained_classifier = classifier.load(smoke / "outputs" / "cats_model.pt")
     assert trained_classifier.metrics["val_accuracy"] >= 0.95
-    asked = [name for name in finished.classes for _ in range(8)]
+    asked = [name for name in finished.classes for _ in range(16)]
     images = finished.sample(asked, seed=5, batch_size=40, steps=25)
     with torch.inference_mode():
         answers = trained_classifier.model(classifier.normalise(resize(images, [64, 64]))).argmax(1)
