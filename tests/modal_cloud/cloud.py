@@ -190,15 +190,17 @@ class ModalCloud:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no call is running any more."""
-        return all(call.done.is_set() or (call.task and call.task.done()) for call in [*self._cloud.calls.values()])
+        """Whether nothing is running any more: a stopped app's calls have ended before its containers have."""
+        calls, containers = [*self._cloud.calls.values()], [*self._cloud.containers]
+        ended = all(call.done.is_set() or (call.task and call.task.done()) for call in calls)
+        return ended and all(container.ended for container in containers)
 
     def wait(self, timeout: float = 600) -> None:
-        """Wait until no call is running any more."""
+        """Wait until nothing is running any more."""
         deadline = time.monotonic() + timeout
         while not self.is_idle:
             if time.monotonic() > deadline:
-                raise TimeoutError("a call is still running")
+                raise TimeoutError("a call or a container is still running")
             time.sleep(0.1)
 
     # --- what goes wrong -----------------------------------------------------------------------------------------
