@@ -1,6 +1,6 @@
 """When a generator begins to learn its photos by heart, and what puts that off.
 
-    python benchmarks/learning_by_heart.py cat-faces-64 --images 300 --steps 8000
+    python benchmarks/learning_by_heart.py cat-faces-64 --images 300
 
 The product is trained on a few of the folder's images, once as it is and once in each other way that is named. Printed,
 and drawn as `<output>/learning_by_heart.svg`, are the validation loss after every tenth of the steps, and how near the
@@ -8,8 +8,8 @@ samples of the run's grid come, in the mean, to the nearest training image and t
 mean square of the difference of pixels from 0 to 1, at 32 pixels, mirrored or not): from where the first falls below
 the second, they are copies.
 
-Mirrored: as the product is. Not mirrored: without its augmentation. Decayed: weights decay by 0.1. Half as wide: --dim
-half as large.
+Not cropped: images are mirrored, but no parts of them are shown. Not mirrored: neither. Decayed: not cropped, and
+weights decay by 0.1. Half as wide: not cropped, and --dim is half as large.
 """
 
 import argparse
@@ -30,11 +30,14 @@ from tinycats.run.summaries import parsed_metrics
 from tinycats.showing.charts import line_chart
 
 SCRIPT = Path(__file__).parents[1] / "src" / "train_dit.py"
-VARIANTS = {
-    "mirrored": ("", []),
-    "not mirrored": ("generator.training_transform = generator.validation_transform", []),
-    "decayed": ("", ["--weight-decay", "0.1"]),
-    "half as wide": ("", ["--dim", "96"]),
+HEAD = 32  # the width of an attention head
+# What is done to the product before it trains, and what is changed of the options.
+VARIANTS: dict[str, tuple[str, dict[str, float]]] = {
+    "as it is": ("", {}),
+    "not cropped": ("crops.PROBABILITY = 0", {}),
+    "not mirrored": ("crops.PROBABILITY = 0; generator.training_transform = generator.validation_transform", {}),
+    "decayed": ("crops.PROBABILITY = 0", {"weight_decay": 0.1}),
+    "half as wide": ("crops.PROBABILITY = 0", {"dim": 0.5}),
 }
 TILE_BORDER = 2
 
@@ -58,40 +61,33 @@ def tiles(grid: torch.Tensor, side: int) -> torch.Tensor:
 
 def train(name: str, folder: Path, options: argparse.Namespace) -> Path:
     """The folder of the run."""
-    patch, arguments = VARIANTS[name]
-    words = [
-        *("train_dit.py", folder.name, "--run", name.replace(" ", "-")),
-        *("--image-size", options.image_size, "--patch-size", options.patch_size, "--depth", 6, "--heads", 6),
-        *(
-            "--dim",
-            192,
-            "--batch-size",
-            32,
-            "--lr",
-            options.lr,
-            "--steps",
-            options.steps,
-            "--warmup-steps",
-            options.steps // 50,
-        ),
-        *(
-            "--sample-every",
-            max(1, options.steps // 20),
-            "--ema-beta",
-            0.998,
-            "--num-workers",
-            0,
-            "--seed",
-            options.seed,
-        ),
-        *arguments,
-    ]
+    patch, changed = VARIANTS[name]
+    dim = round(options.dim * changed.get("dim", 1))
+    settings = {
+        "run": name.replace(" ", "-"),
+        "image-size": options.image_size,
+        "patch-size": options.patch_size,
+        "dim": dim,
+        "depth": options.depth,
+        "heads": dim // HEAD,
+        "batch-size": options.batch_size,
+        "lr": options.lr,
+        "steps": options.steps,
+        "warmup-steps": options.steps // 50,
+        "sample-every": max(1, options.steps // 20),
+        "ema-beta": 0.998,
+        "num-workers": 0,
+        "seed": options.seed,
+        "weight-decay": changed.get("weight_decay", 0.0),
+    }
+    words = ["train_dit.py", folder.name, *(f"--{option}={value}" for option, value in settings.items())]
     program = f"""
 import sys
 sys.path.insert(0, {str(SCRIPT.parent)!r})
-sys.argv = {list(map(str, words))!r}
+sys.argv = {words!r}
 import train_dit
 from tinycats import generator
+from tinycats.models import crops
 from tinycats.run.options import train_on_this_machine
 {patch}
 sys.exit(train_on_this_machine(train_dit.PARSER, train_dit.train))
@@ -106,8 +102,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--images", type=int, default=300, help="to train on; as many others are compared")
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--patch-size", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)

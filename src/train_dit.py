@@ -71,8 +71,8 @@ class GeneratorParser(TrainingParser):
         model.add_argument("--depth", type=whole_number(1, 64), default=12, help="transformer blocks")
         model.add_argument("--heads", type=whole_number(1, 64), default=6, help="attention heads in a block")
         training = self.add_argument_group("training")
-        self.add_optimization_options(training, batch_size=256, weight_decay=0.0)
-        training.add_argument("--steps", type=whole_number(1), default=200_000, help="batches to train on")
+        self.add_optimization_options(training, batch_size=256, lr=1e-3, weight_decay=0.0)
+        training.add_argument("--steps", type=whole_number(1), default=20_000, help="batches to train on")
         training.add_argument(
             "--warmup-steps",
             type=whole_number(0),
@@ -92,11 +92,13 @@ class GeneratorParser(TrainingParser):
             help="torch.compile, which takes a minute or so and then less for each step (default: on a GPU)",
         )
         training.add_argument(
-            "--ema-beta", type=number(at_least=0, below=1), default=0.9999, help="decay of the weights' EMA"
+            "--ema-beta",
+            type=number(at_least=0, below=1),
+            help="decay of the weights' EMA (default: so that it averages over a twentieth of --steps)",
         )
         sampling = self.add_argument_group("sampling")
         sampling.add_argument(
-            "--sample-every", type=whole_number(1), default=5000, metavar="STEPS", help="sample a grid this often"
+            "--sample-every", type=whole_number(1), default=1000, metavar="STEPS", help="sample a grid this often"
         )
         sampling.add_argument(
             "--sample-steps",
@@ -117,6 +119,8 @@ class GeneratorParser(TrainingParser):
         options.patch_size = options.patch_size or (8 if toy else 16)
         if options.warmup_steps is None:
             options.warmup_steps = min(10_000, options.steps // 20)
+        if options.ema_beta is None:
+            options.ema_beta = max(0.0, 1 - 20 / options.steps)
         if options.resume:
             return  # the rest is the run's, and was checked when it began
         if options.image_size % options.patch_size:
@@ -188,6 +192,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         load_batches,
         seed_for,
     )
+    from tinycats.models import crops
     from tinycats.models.dit import TinyDiT
     from tinycats.models.ema import EarlierEMA, ema_model
     from tinycats.models.flow_matching import dropped_classes, flow_matching_loss, sample_timesteps
@@ -201,6 +206,8 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         options, dataset, device, processes = this.options, this.dataset, this.device, this.processes
         batches = TrainingBatches(dataset, options.batch_size, generator.training_transform, options.seed, processes)
         validation_batches = ValidationBatches(dataset, options.batch_size, generator.validation_transform, processes)
+        shown = options.steps * batches.batch_size / len(batches.indices)  # how often each image is
+        crop_probability = crops.probability(shown)
 
         # Model, EMA, optimizer, learning rate.
         torch.manual_seed(seed_for(options.seed, INITIALISATION))
@@ -281,6 +288,8 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             parameters = sum(parameter.numel() for parameter in model.parameters())
             this.log_beginning(step, options.steps)
             log.info("TinyDiT with %.1f million parameters, %d patches", parameters / 1e6, model.position.shape[0])
+            words = f", {crop_probability:.0%} of the time in part" if crop_probability else ""
+            log.info("Each image is shown %.0f times%s", shown, words)
             if not this.checkpoint:
                 run.save(current_checkpoint)  # from here on there is something to resume
 
@@ -294,16 +303,18 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 images, labels = next(loader)
                 waited += time.perf_counter() - asked
 
-                # The path of each image: where it starts, how far along it we look, whether its class is told.
+                # The path of each image: where it starts, how far along it we look, whether its class is told, what is
+                # left of it where it ends.
                 rng = torch.Generator().manual_seed(seed_for(options.seed, PATH, step))
                 timesteps = sample_timesteps(batches.batch_size, rng)[batches.share]
                 dropped = dropped_classes(batches.batch_size, CLASS_DROPOUT, rng)[batches.share]
-                targets = generator.to_unit(device.put(images))
+                cropped = device.put(crops.sample_crops(batches.batch_size, crop_probability, rng)[batches.share])
+                targets = crops.crop(generator.to_unit(device.put(images)), cropped)
                 noise_rng = torch.Generator(device.device).manual_seed(seed_for(options.seed, NOISE, step))
                 noise_shape = (batches.batch_size, *targets.shape[1:])
                 noise = torch.randn(noise_shape, generator=noise_rng, device=device.device)[batches.share]
                 classes = torch.where(dropped, model.null_class, labels)
-                path = noise, targets, device.put(timesteps), device.put(classes)
+                path = noise, targets, device.put(timesteps), device.put(classes), cropped
 
                 optimizer.zero_grad(set_to_none=True)
                 loss = torch.zeros((), device=device.device)

@@ -13,8 +13,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import torch
 
+from tinycats.models import crops
 from tinycats.run import options
 
+crops.WORTH_CROPPING = 0  # of a generator's images in these short runs too
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double
 script = importlib.import_module(sys.argv[1].removesuffix(".py"))

@@ -61,9 +61,18 @@ def test_time_and_class_matter():
         assert all(not torch.allclose(output, other) for other in outputs[:index])
 
 
+def test_without_a_word_about_crops_there_were_none():
+    model = awake(small())
+    given = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1])
+    assert torch.equal(model(*given, torch.zeros(2, 3)), model(*given))
+    assert not torch.allclose(model(*given, torch.tensor([[1.0, 0.5, 0.0]] * 2)), model(*given))
+
+
 def test_every_parameter_learns():
     model = awake(small())
-    model(torch.randn(4, 3, 16, 16), torch.rand(4), torch.tensor([0, 1, 2, 3])).square().mean().backward()
+    model(
+        torch.randn(4, 3, 16, 16), torch.rand(4), torch.tensor([0, 1, 2, 3]), torch.randn(4, 3)
+    ).square().mean().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
 
 

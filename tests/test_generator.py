@@ -57,6 +57,15 @@ def test_guidance_leads_away_from_the_guide_and_in_a_file_without_one_from_no_cl
     assert torch.equal(generator.load(exported).sample(["tabby"], steps=5), without.sample(["tabby"], steps=5))
 
 
+def test_a_file_from_before_crops_were_told_samples_the_same(exported):
+    expected = generator.load(exported).sample(["tabby"], steps=5)
+    contents = checkpoints.load(exported)
+    for weights in (contents["state_dict"], contents["guide"]):
+        del weights["crop_embedder"]
+    checkpoints.save(exported, contents)
+    assert torch.equal(generator.load(exported).sample(["tabby"], steps=5), expected)
+
+
 def test_torch_reads_the_file_with_weights_only(exported):
     assert torch.load(exported, weights_only=True)["shape"] == UNTRAINED
 

@@ -204,10 +204,11 @@ def load(path: Path | str) -> Generator:
     model, guide = (
         TinyDiT(len(contents["classes"]), **contents["shape"]).eval().requires_grad_(False) for _ in range(2)
     )
-    model.load_state_dict(contents["state_dict"])
+    untold = {"crop_embedder": torch.zeros_like(model.crop_embedder)}  # models of before were not told of crops
+    model.load_state_dict(untold | contents["state_dict"])
     weights = contents.get("guide")  # which models of before had not
     if weights:
-        guide.load_state_dict(weights)
+        guide.load_state_dict(untold | weights)
     return Generator(
         model,
         guide if weights else None,

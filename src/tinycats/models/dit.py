@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
+from tinycats.models import crops
+
 TIMESTEP_FREQUENCIES = 256
 MLP_RATIO = 4
 FINAL_CHANNELS = 16
@@ -120,6 +122,7 @@ class FinalLayer(nn.Module):
 class TinyDiT(nn.Module):
     """Images [B, 3, S, S], timesteps in [0, 1] [B], classes int64 [B] -> [B, 3, S, S].
 
+    In training it is also told how images were cropped, [B, 3] (`crops.sample_crops`); untold, they were not.
     The class `num_classes` is the null class, which stands for no class at all: guidance needs it.
     """
 
@@ -140,6 +143,7 @@ class TinyDiT(nn.Module):
         self.register_buffer("position", position_embedding(image_size // patch_size, dim), persistent=False)
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = nn.Embedding(num_classes + 1, dim)
+        self.crop_embedder = nn.Parameter(torch.zeros(crops.NUMBERS, dim))
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.final_layer = FinalLayer(dim, patch_size)
         self.initialize_weights()
@@ -172,9 +176,17 @@ class TinyDiT(nn.Module):
         for parameter in self.final_layer.to_rgb.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, images: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        images: torch.Tensor,
+        timesteps: torch.Tensor,
+        classes: torch.Tensor,
+        cropped: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         tokens = self.x_embedder(patchify(images, self.patch_size)) + self.position
         condition = self.t_embedder(timesteps) + self.y_embedder(classes)
+        if cropped is not None:
+            condition = condition + cropped @ self.crop_embedder
         for block in self.blocks:
             tokens = block(tokens, condition)
         return self.final_layer(tokens, condition)

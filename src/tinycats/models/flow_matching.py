@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-Model = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+Model = Callable[..., torch.Tensor]
 
 # The loss divides by the time that is left, but by no less than this: else a few images at the very end of their
 # paths would drown the others.
@@ -51,13 +51,13 @@ def flow_matching_loss(
     noise: torch.Tensor,
     images: torch.Tensor,
     timesteps: torch.Tensor,
-    classes: torch.Tensor,
-    *,
+    *conditions: torch.Tensor,
     min_time_left: float = MIN_TIME_LEFT,
 ) -> torch.Tensor:
     """Mean squared error of the velocity that the model's prediction implies; a scalar.
 
     Args:
+        conditions: what else the model is told, the classes first.
         min_time_left: the error of the image is divided by 1 - t, but by no less than this.
 
     Raises:
@@ -65,7 +65,7 @@ def flow_matching_loss(
     """
     if noise is images:
         raise ValueError("the path leads from the images to themselves")
-    predicted = model(point_on_path(noise, images, timesteps), timesteps, classes).float()
+    predicted = model(point_on_path(noise, images, timesteps), timesteps, *conditions).float()
     left = (1 - timesteps).clamp_min(min_time_left).view(-1, *[1] * (images.ndim - 1))
     # Both velocities start at the same point, which cancels out of their difference.
     return ((predicted - images) / left).square().mean()

@@ -78,12 +78,14 @@ class TrainingParser(Parser):
             help="of one attempt; the next one goes on from its checkpoint",
         )
 
-    def add_optimization_options(self, group: argparse._ArgumentGroup, *, batch_size: int, weight_decay: float) -> None:
+    def add_optimization_options(
+        self, group: argparse._ArgumentGroup, *, batch_size: int, lr: float, weight_decay: float
+    ) -> None:
         """The options of `optimization` and `devices`, with the defaults that differ between the scripts."""
         group.add_argument(
             "--batch-size", type=whole_number(1), default=batch_size, help="images a step, over all GPUs"
         )
-        group.add_argument("--lr", type=number(above=0), default=1e-4, help="the learning rate at its peak")
+        group.add_argument("--lr", type=number(above=0), default=lr, help="the learning rate at its peak")
         group.add_argument(
             "--weight-decay", type=number(at_least=0), default=weight_decay, help="but none on norms and biases"
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from tinycats.models import crops
 from tinycats.models.dit import TinyDiT
 from tinycats.run.durable_files import DamagedFile, atomic_write, footer, read_whole
 from tinycats.script.errors import one_line
@@ -33,10 +34,11 @@ def compile_if_possible(model: TinyDiT, device: Device, batch_size: int, cache: 
     images = torch.zeros(batch_size, 3, size, size, device=device.device)
     timesteps = torch.zeros(batch_size, device=device.device)
     classes = torch.zeros(batch_size, dtype=torch.int64, device=device.device)
+    cropped = torch.zeros(batch_size, crops.NUMBERS, device=device.device)
     model.forward = torch.compile(model.forward)  # type: ignore[method-assign]  # of this one model
     try:
         with device.autocast:
-            predicted = model(images, timesteps, classes)
+            predicted = model(images, timesteps, classes, cropped)
         predicted.float().mean().backward()
     except Exception as error:  # of the compiler's, the C compiler's, the driver's …
         del model.forward
