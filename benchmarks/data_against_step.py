@@ -26,7 +26,7 @@ from tinycats.images.datasets import open_dataset
 from tinycats.models.dit import TinyDiT
 from tinycats.models.flow_matching import flow_matching_loss
 from tinycats.training import devices
-from tinycats.training.optimization import adamw
+from tinycats.training.optimization import Muon
 
 IMAGE_SIZE = 128
 
@@ -37,7 +37,8 @@ class Step:
     def __init__(self) -> None:
         self.device = devices.choose("auto", mixed_precision=True)
         self.model = TinyDiT(13, IMAGE_SIZE).to(self.device.device)
-        self.optimizer = adamw(self.model, 1e-4, 0.0)
+        rates = 1e-3, 0.0, generator.BETA2
+        self.optimizer = Muon(self.model, self.model.matrices(), *rates, self.device.optimizer_dtype)
 
     def __call__(self, batch_size: int) -> None:
         images = torch.rand(batch_size, 3, IMAGE_SIZE, IMAGE_SIZE, device=self.device.device)
@@ -57,11 +58,15 @@ class Step:
         self(batch_size)
         return time.perf_counter() - began
 
-    def operations(self) -> int:
-        """Floating-point operations of a step, for each image."""
-        with FlopCounterMode(display=False) as counter:
-            self(2)
-        return counter.get_total_flops() // 2
+    def operations(self) -> tuple[int, int]:
+        """Floating-point operations of a step: for each image, and for the weights however many images there are."""
+        counts = []
+        for batch_size in (2, 4):
+            with FlopCounterMode(display=False) as counter:
+                self(batch_size)
+            counts.append(counter.get_total_flops())
+        for_image = (counts[1] - counts[0]) // 2
+        return for_image, counts[0] - 2 * for_image
 
 
 def main() -> None:
@@ -85,13 +90,14 @@ def main() -> None:
         rates.append(rate(loader, lambda images: images))
         seconds.append(step.seconds(options.batch_size))
     ready, wanted = statistics.median(rates), options.batch_size / statistics.median(seconds)
-    operations = step.operations()
+    for_image, for_weights = step.operations()
+    operations = for_image + for_weights / options.batch_size
     print(f"loader {ready:8.0f} images/s, a batch of {options.batch_size} in {options.batch_size / ready:.3f} s")
     print(f"step   {wanted:8.0f} images/s, a batch of {options.batch_size} in {options.batch_size / wanted:.3f} s")
     print(f"ratio  {ready / wanted:8.1f}x on this machine")
-    print(
-        f"A step takes {operations / 1e9:.1f} GFLOP an image: the loader feeds {operations * ready / 1e12:.0f} TFLOP/s"
-    )
+    muons = for_weights / options.batch_size
+    print(f"A step takes {operations / 1e9:.1f} GFLOP an image, {muons / 1e9:.1f} of it Muon's:")
+    print(f"the loader feeds {operations * ready / 1e12:.0f} TFLOP/s")
 
 
 if __name__ == "__main__":
