@@ -45,6 +45,7 @@ log = logging.getLogger("tinycats.train_dit")
 LOG_EVERY = 50  # steps
 REPORTED = 16  # samples, of the finished model
 CLASS_DROPOUT = 0.1  # how often the class is kept from the model, which guidance needs
+RATE_BY_WIDTH = 0.384  # the learning rate times the width of a token (ADR-033)
 SHAPE = ("image_size", "patch_size", "dim", "depth", "heads")
 
 
@@ -71,7 +72,7 @@ class GeneratorParser(TrainingParser):
         model.add_argument("--depth", type=whole_number(1, 64), default=12, help="transformer blocks")
         model.add_argument("--heads", type=whole_number(1, 64), default=6, help="attention heads in a block")
         training = self.add_argument_group("training")
-        self.add_optimization_options(training, batch_size=256, lr=1e-3, weight_decay=0.0)
+        self.add_optimization_options(training, batch_size=256, lr=f"{RATE_BY_WIDTH} / --dim", weight_decay=0.0)
         training.add_argument("--steps", type=whole_number(1), default=20_000, help="batches to train on")
         training.add_argument(
             "--warmup-steps",
@@ -117,6 +118,8 @@ class GeneratorParser(TrainingParser):
         toy = is_toy(options.data_dir)
         options.image_size = options.image_size or (64 if toy else 128)
         options.patch_size = options.patch_size or (8 if toy else 16)
+        if options.lr is None:
+            options.lr = RATE_BY_WIDTH / options.dim
         if options.warmup_steps is None:
             options.warmup_steps = min(10_000, options.steps // 20)
         if options.ema_beta is None:

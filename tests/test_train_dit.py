@@ -201,6 +201,13 @@ def test_a_short_run_warms_up_and_averages_for_a_short_while(tmp_path, monkeypat
     assert train_dit.PARSER.parse(["--ema-beta", "0.5"]).ema_beta == 0.5
 
 
+def test_the_rate_halves_where_the_width_doubles(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rates = [train_dit.PARSER.parse(["--dim", str(dim)]).lr for dim in (96, 192, 384)]
+    assert rates == pytest.approx([4e-3, 2e-3, 1e-3])
+    assert train_dit.PARSER.parse(["--dim", "96", "--lr", "0.5"]).lr == 0.5
+
+
 def test_a_loss_that_diverges_or_is_zero_stops_the_run_with_the_reason(small_toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="training diverged"):
