@@ -1,12 +1,15 @@
 """The stand-in itself: its volumes, images and containers are as strict as Modal's."""
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from conftest import REPOSITORY
+from modal_cloud import ModalCloud
 from modal_cloud.image import Image, top_level_modules
 from modal_cloud.volumes import Mounted, Volume
 
@@ -14,6 +17,17 @@ from modal_cloud.volumes import Mounted, Volume
 @pytest.fixture
 def volume(tmp_path) -> Volume:
     return Volume("vo-1", "outputs", tmp_path / "volume")
+
+
+def test_it_is_idle_when_calls_and_containers_have_ended():
+    """The call of an app that is stopped ends before its container has died."""
+    cloud, call, container = ModalCloud(), SimpleNamespace(done=asyncio.Event(), task=None), SimpleNamespace(ended=None)
+    cloud._cloud = SimpleNamespace(calls={"fc-1": call}, containers=[container])
+    assert not cloud.is_idle
+    call.done.set()
+    assert not cloud.is_idle
+    container.ended = "died"
+    assert cloud.is_idle
 
 
 def test_what_a_container_writes_is_its_own_until_it_commits(volume, tmp_path):

@@ -31,10 +31,10 @@ from tinycats.script.errors import TransientError
 from tinycats.training.processes import LOST_PEER, Processes
 
 DOUBLE = "../tests/in_double_precision.py"
-CLASSIFIER = ("train.py", *SMALL, "--batch-size", "9", "--epochs", "2")
+CLASSIFIER = ("train.py", *SMALL, "--batch-size", "5", "--epochs", "3")
 DIT = ("train_dit.py", "--image-size", 32, "--patch-size", 8, "--dim", 32, "--depth", 2, "--heads", 2, "--lr", "1e-3")
 DIT += ("--batch-size", 10, "--sample-steps", 2, "--sample-every", 10, "--steps", 20)
-TOLERANCE = 1e-6  # after up to twenty steps in double precision; in single precision it would be a hundredth
+TOLERANCE = 1e-6  # after twenty steps in double precision; in single precision it would be a hundredth
 
 
 def finish(started: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
@@ -55,7 +55,7 @@ def numbers(run: Path) -> list[dict]:
 
 def assert_as_near_as_sums_are(run: Path, other: Path, model: str) -> None:
     """Every recorded loss and the final weights."""
-    assert len(numbers(run)) == len(numbers(other)) >= 10
+    assert len(numbers(run)) == len(numbers(other)) >= 20
     for row, other_row in zip(numbers(run), numbers(other), strict=True):
         assert row.keys() == other_row.keys()
         for key in row.keys() & {"loss", "train_loss", "val_loss"}:
@@ -155,7 +155,7 @@ def run_folder(cwd: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_classifier_in_two_processes_is_the_one_of_one(classifier_in_one, small_toy, tmp_path):
-    """Nine images a batch, in shares of 5 and 4.
+    """Five images a batch, in shares of 3 and 2.
 
     Seen to fail without `synchronised`, and with a weight of 1 for every share.
     """
