@@ -18,8 +18,7 @@ uniform: one timestep in ten is uniform. Usual: the position embedding of the Di
 of squared gradients. AdamW: for all weights, instead of Muon for the blocks' matrices. Patches: each is drawn by its
 token alone, no convolution across their borders. Diffusers: DiTTransformer2DModel of the same shape in a plain loop,
 which predicts the velocity at uniform timesteps and is moved by AdamW (pip install diffusers; it is in no list of ours,
-and no test runs it). Sees noise: what is predicted is mixed with the noisy image, the more
-of it the less noise it has.
+and no test runs it). Sees noise: what is predicted is mixed with the noisy image, the more of it the less noise it has.
 """
 
 import argparse

@@ -63,7 +63,7 @@ class ClassifierParser(TrainingParser):
             help="side of the square that the model sees (default: 224; for data/toy 64)",
         )
         training = self.add_argument_group("training")
-        self.add_optimization_options(training, batch_size=32, lr=1e-4, weight_decay=0.05)
+        self.add_optimization_options(training, batch_size=32, weight_decay=0.05, lr=1e-4)
         training.add_argument("--epochs", type=whole_number(1), default=10, help="times through the images")
         training.add_argument(
             "--warmup-epochs", type=number(at_least=0), default=0.5, help="how long the learning rate rises"

@@ -72,7 +72,8 @@ class GeneratorParser(TrainingParser):
         model.add_argument("--depth", type=whole_number(1, 64), default=12, help="transformer blocks")
         model.add_argument("--heads", type=whole_number(1, 64), default=6, help="attention heads in a block")
         training = self.add_argument_group("training")
-        self.add_optimization_options(training, batch_size=256, lr=f"{RATE_BY_WIDTH} / --dim", weight_decay=0.0)
+        lr_help = f"the learning rate at its peak (default: {RATE_BY_WIDTH} / --dim)"
+        self.add_optimization_options(training, batch_size=256, weight_decay=0.0, lr=None, lr_help=lr_help)
         training.add_argument("--steps", type=whole_number(1), default=20_000, help="batches to train on")
         training.add_argument(
             "--warmup-steps",
@@ -312,7 +313,9 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 timesteps = sample_timesteps(batches.batch_size, rng)[batches.share]
                 dropped = dropped_classes(batches.batch_size, CLASS_DROPOUT, rng)[batches.share]
                 cropped = device.put(crops.sample_crops(batches.batch_size, crop_probability, rng)[batches.share])
-                targets = crops.crop(generator.to_unit(device.put(images)), cropped)
+                targets = generator.to_unit(device.put(images))
+                if crop_probability:
+                    targets = crops.crop(targets, cropped)
                 noise_rng = torch.Generator(device.device).manual_seed(seed_for(options.seed, NOISE, step))
                 noise_shape = (batches.batch_size, *targets.shape[1:])
                 noise = torch.randn(noise_shape, generator=noise_rng, device=device.device)[batches.share]

@@ -79,21 +79,19 @@ class TrainingParser(Parser):
         )
 
     def add_optimization_options(
-        self, group: argparse._ArgumentGroup, *, batch_size: int, lr: float | str, weight_decay: float
+        self,
+        group: argparse._ArgumentGroup,
+        *,
+        batch_size: int,
+        weight_decay: float,
+        lr: float | None,
+        lr_help: str = "the learning rate at its peak",
     ) -> None:
-        """The options of `optimization` and `devices`, with the defaults that differ between the scripts.
-
-        Args:
-            lr: the default of `--lr`; or where that depends on other options, how it does, in words.
-        """
+        """The options of `optimization` and `devices`, with the defaults that differ between the scripts."""
         group.add_argument(
             "--batch-size", type=whole_number(1), default=batch_size, help="images a step, over all GPUs"
         )
-        peak = "the learning rate at its peak"
-        if isinstance(lr, str):
-            group.add_argument("--lr", type=number(above=0), help=f"{peak} (default: {lr})")
-        else:
-            group.add_argument("--lr", type=number(above=0), default=lr, help=peak)
+        group.add_argument("--lr", type=number(above=0), default=lr, help=lr_help)
         group.add_argument(
             "--weight-decay", type=number(at_least=0), default=weight_decay, help="but none on norms and biases"
         )
