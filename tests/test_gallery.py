@@ -310,6 +310,15 @@ def page(browser) -> Iterator[Page]:
     assert problems == []
 
 
+@contextlib.contextmanager
+def shown(page: Page, output_dir: Path) -> Iterator[None]:
+    """The page is open; it is left before its server ends, of which it asks something every few seconds."""
+    with served(output_dir) as address:
+        page.goto(address)
+        yield
+        page.goto("about:blank")
+
+
 @pytest.mark.slow
 def test_a_run_is_followed_live_a_grid_slid_through_a_photo_classified_and_a_cat_sampled(
     page, outputs, smoke, tmp_path
@@ -317,8 +326,7 @@ def test_a_run_is_followed_live_a_grid_slid_through_a_photo_classified_and_a_cat
     shutil.copytree(smoke / "data", tmp_path / "data")
     arguments = ("data/toy", *SMALL_DIT, "--steps", "60", "--sample-every", "10", "--run", "live")
     training = script_process("train_dit.py", *arguments, cwd=tmp_path)
-    with served(outputs) as address:
-        page.goto(address)
+    with shown(page, outputs):
         run = page.get_by_role("button", name="live")
         run.click(timeout=60_000)
         expect(page.locator("#run-state")).to_contain_text("train_dit.py")
@@ -341,8 +349,7 @@ def test_a_run_is_followed_live_a_grid_slid_through_a_photo_classified_and_a_cat
 
 def test_keyboard_and_a_narrow_window_are_enough(page, outputs):
     page.set_viewport_size({"width": 360, "height": 740})
-    with served(outputs) as address:
-        page.goto(address)
+    with shown(page, outputs):
         page.get_by_role("button", name="begun").focus()
         page.keyboard.press("Enter")
         expect(page.locator("#run-state")).to_contain_text("interrupted")
