@@ -14,7 +14,6 @@ would have ended. Its folder is outputs/runs/<run>/, and the finished model outp
 import logging
 import math
 import signal
-import sys
 import time
 from typing import Any
 
@@ -340,4 +339,4 @@ def main(*arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(train_on_this_machine(PARSER, train))
+    train_on_this_machine(PARSER, train)

@@ -15,7 +15,6 @@ outputs/tiny_dit.pt.
 import logging
 import math
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -410,4 +409,4 @@ def main(*arguments: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(train_on_this_machine(PARSER, train))
+    train_on_this_machine(PARSER, train)

@@ -237,6 +237,41 @@ def test_more_processes_than_images_in_a_batch_are_refused(small_toy):
         TrainingBatches(images, 2, training_transform(32), 0, Processes(0, 3))
 
 
+@pytest.mark.slow
+def test_a_process_ends_with_its_status_whatever_threads_of_gloo_are_at(tmp_path):
+    """Seen to end by SIGABRT, where the interpreter is finalized meanwhile."""
+    program = tmp_path / "ends.py"
+    program.write_text(f"""
+import sys, threading, time
+sys.path.insert(0, {str(REPOSITORY / "src")!r})
+import train_dit
+from tinycats.run import options
+from tinycats.training import processes
+
+def train(*_):
+    import torch
+    with processes.joined() as here:
+        if here.is_main:
+            time.sleep(0.5)  # the other's sum is not there yet when it says what comes after it
+        begun = threading.Event()
+        def hold_the_thread(_):
+            begun.set()
+            while True:
+                pass
+        summed = torch.distributed.all_reduce(torch.zeros(1), async_op=True).get_future()
+        if not here.is_main:
+            summed.then(hold_the_thread)
+            begun.wait()
+        print("trained")
+        raise RuntimeError("as gloo's, where a peer is lost")
+
+options.train_on_this_machine(train_dit.PARSER, train)
+""")
+    ended = finish(processes(2, str(program), cwd=tmp_path))
+    assert [status for status, *_ in ended] == [LOST_PEER, LOST_PEER]
+    assert all(output.endswith("trained\n") for _, output, _ in ended), "nothing that was printed is lost"
+
+
 # --- the launchers -----------------------------------------------------------------------------------------------
 
 LAUNCHED = f"""
@@ -247,7 +282,7 @@ from tinycats.run import options
 from tinycats.script import launcher
 from tinycats.training import processes
 launcher.gpus_here = lambda device: 0 if processes.here().count > 1 else 2  # as on a machine with two GPUs
-sys.exit(options.train_on_this_machine(train_dit.PARSER, train_dit.train))
+options.train_on_this_machine(train_dit.PARSER, train_dit.train)
 """
 
 

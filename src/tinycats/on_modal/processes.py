@@ -188,4 +188,4 @@ def _main(module: str, address: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(*sys.argv[1:]))
+    processes.leave(_main(*sys.argv[1:]))

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 from tinycats.images.data_dirs import CATS, TOY, is_cats, problem_with
 from tinycats.run import checkpoints, runs
@@ -14,6 +15,7 @@ from tinycats.script.command_line import Options, Parser, number, run_name, whol
 from tinycats.script.errors import UserError
 from tinycats.script.machines import ThisMachine
 from tinycats.script.signals import NOTHING_TRAINED, StopSignals
+from tinycats.training import processes
 
 log = logging.getLogger(__name__)
 
@@ -178,8 +180,10 @@ def command(parser: TrainingParser, options: Options, launcher: str) -> str:
     return shlex.join(words)
 
 
-def train_on_this_machine(parser: TrainingParser, train: Callable[[Options, StopSignals, ThisMachine], object]) -> int:
-    """`python src/train.py …`: parse, train, and answer with the exit status; errors are one line on stderr.
+def train_on_this_machine(
+    parser: TrainingParser, train: Callable[[Options, StopSignals, ThisMachine], object]
+) -> NoReturn:
+    """`python src/train.py …`: parse, train, and exit; errors are one line on stderr.
 
     On a machine with several GPUs this process starts one for each, with the same arguments, and they train.
     """
@@ -195,4 +199,4 @@ def train_on_this_machine(parser: TrainingParser, train: Callable[[Options, Stop
         train(options, stop, ThisMachine(parser.prog))
         return None
 
-    return command_line.run_on_this_machine(parser, do, NOTHING_TRAINED)
+    processes.leave(command_line.run_on_this_machine(parser, do, NOTHING_TRAINED))

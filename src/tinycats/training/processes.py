@@ -6,11 +6,12 @@ torch is imported where it is used: a process knows its rank before that takes s
 """
 
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 from tinycats.script.errors import TransientError, UserError
 from tinycats.script.signals import Stopped
@@ -221,6 +222,20 @@ def joined() -> Iterator[Processes]:
         torch.distributed.destroy_process_group()
         raise
     torch.distributed.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End this process, as `sys.exit` does where it is alone; one of several ends without finalizing the interpreter.
+
+    A thread of gloo's that lets go of a tensor meanwhile asks for Python's lock, is refused it, and aborts the process
+    (SIGABRT, "terminate called without an active exception"): its launcher would take a good end for a death.
+    """
+    if here().count == 1:
+        sys.exit(status)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # whoever read it has gone
+            stream.flush()
+    os._exit(status)
 
 
 def _mean_in_order_of_rank(_state, bucket):  # torch wants its own annotations, or none
