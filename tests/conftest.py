@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -121,14 +120,18 @@ def run_quietly(script: str, *arguments: object, cwd: Path) -> None:
 
 
 def processes(count: int, script: str, *arguments: object, cwd: Path, **options) -> list[subprocess.Popen]:
-    """`python src/<script> …` as so many processes of one run, without a launcher: the others meet at process 0."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
-    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    """`python src/<script> …` as so many processes of one run, which nobody ends when one has ended; they meet at a
+    store of ours, as at their launcher's."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_RUN_ID": "test"}
+    shared |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
-    return [script_process(script, *arguments, cwd=cwd, env=env, **options) for env in environments]
+    started = [script_process(script, *arguments, cwd=cwd, env=env, **options) for env in environments]
+    for process in started:
+        process.store = store  # for as long
+    return started
 
 
 def damage(path: Path, rng: random.Random) -> None:
