@@ -317,8 +317,10 @@ def children(process: subprocess.Popen) -> list[int]:
 def test_started_by_itself_a_script_uses_all_gpus_and_ends_as_its_processes_do(
     start_with_two_gpus, small_toy, tmp_path
 ):
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     options = (*DIT[1:], "--steps", 100_000, "--sample-every", 100_000)
-    process = start_with_two_gpus(small_toy, *options, "--run", "r")
+    process = start_with_two_gpus(small_toy, *options, "--run", "r", env={"TMPDIR": str(temporary)})
     for line in process.stdout:
         if "seconds until the first step" in line:
             break
@@ -326,6 +328,7 @@ def test_started_by_itself_a_script_uses_all_gpus_and_ends_as_its_processes_do(
     ((status, _, errors),) = finish([process])
     assert status == 128 + signal.SIGINT
     assert re.fullmatch(r"stopped: the run is saved at step \d+; go on with it: .* --resume r\n", errors)
+    assert not list(temporary.iterdir()), "no temporary file is left behind"
 
     process = start_with_two_gpus("--resume", "r")
     for line in process.stdout:

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,6 +55,7 @@ def launch(command: Sequence[str], processes: int, nodes: Nodes = Nodes(), *, de
         TransientError: a process died without a word.
         Stopped: this process was asked to stop, and so were they: one of them has said what was saved.
     """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -67,6 +69,7 @@ def launch(command: Sequence[str], processes: int, nodes: Nodes = Nodes(), *, de
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # which else looks for the host name, too
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    logs = tempfile.TemporaryDirectory()  # torch's own would be left behind
     config = LaunchConfig(
         min_nodes=nodes.count,
         max_nodes=nodes.count,
@@ -77,6 +80,7 @@ def launch(command: Sequence[str], processes: int, nodes: Nodes = Nodes(), *, de
         local_addr=nodes.address,
         rdzv_configs={"is_host": nodes.is_first} if nodes.count > 1 else {},
         max_restarts=0,  # whoever started the run starts it again, and it goes on from its checkpoint
+        logs_specs=DefaultLogsSpecs(log_dir=logs.name),
         shutdown_timeout=PATIENCE,
     )
     handlers = {signum: signal.getsignal(signum) for signum in STOP_SIGNALS}
@@ -88,6 +92,7 @@ def launch(command: Sequence[str], processes: int, nodes: Nodes = Nodes(), *, de
     except ChildFailedError as error:
         return _status({rank: failure.exitcode for rank, failure in error.failures.items()})
     finally:
+        logs.cleanup()
         for signum, handler in handlers.items():  # torch keeps its own
             signal.signal(signum, handler)
 
