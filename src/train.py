@@ -68,6 +68,18 @@ class ClassifierParser(TrainingParser):
             "--warmup-epochs", type=number(at_least=0), default=0.5, help="how long the learning rate rises"
         )
         training.add_argument(
+            "--optimizer",
+            choices=("adamw", "muon"),
+            help="what moves the convolutions (default: adamw from pretrained weights; from scratch muon)",
+        )
+        training.add_argument(
+            "--mixup",
+            type=number(at_least=0),
+            metavar="ALPHA",
+            help="how much images are mixed, two by two; 0: not at all (default: 0.2 from scratch; 0 from pretrained "
+            "weights)",
+        )
+        training.add_argument(
             "--label-smoothing",
             type=number(at_least=0, below=1),
             default=0.1,
@@ -85,6 +97,10 @@ class ClassifierParser(TrainingParser):
             options.pretrained = not is_toy(options.data_dir)
         if options.image_size is None:
             options.image_size = 64 if is_toy(options.data_dir) else 224
+        if options.optimizer is None:
+            options.optimizer = "adamw" if options.pretrained else "muon"
+        if options.mixup is None:
+            options.mixup = 0.0 if options.pretrained else 0.2
         if options.resume:
             return  # the rest is the run's, and was checked when it began
         if options.batch_size == 1 and options.image_size <= 32:
@@ -138,17 +154,25 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     """
     startup = Startup()
 
+    import numpy as np
     import torch
-    from torch.nn.functional import cross_entropy
+    from torch.nn.functional import cross_entropy, one_hot
     from tqdm import tqdm
 
     from tinycats import classifier
-    from tinycats.images.batches import INITIALISATION, TrainingBatches, ValidationBatches, load_batches, seed_for
+    from tinycats.images.batches import (
+        INITIALISATION,
+        MIXUP,
+        TrainingBatches,
+        ValidationBatches,
+        load_batches,
+        seed_for,
+    )
     from tinycats.models.batch_norm import synchronised
     from tinycats.run.attempts import Part, attempt
     from tinycats.showing import report
     from tinycats.training.devices import out_of_memory_is_told
-    from tinycats.training.optimization import adamw, all_finite, warmup_cosine
+    from tinycats.training.optimization import Muon, adamw, all_finite, warmup_cosine
 
     with attempt(PARSER.prog, options, frame_of, stop, machine, startup) as this:
         options, dataset, device, processes = this.options, this.dataset, this.device, this.processes
@@ -157,7 +181,10 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             raise UserError(f"{options.data_dir} has a single class, {classes[0]!r}: a classifier needs at least two")
         training_transform = classifier.training_transform(options.image_size)
         validation_transform = classifier.validation_transform(options.image_size)
-        batches = TrainingBatches(dataset, options.batch_size, training_transform, options.seed, processes)
+        is_mixed = options.mixup > 0
+        batches = TrainingBatches(
+            dataset, options.batch_size, training_transform, options.seed, processes, with_next=is_mixed
+        )
         validation_batches = ValidationBatches(dataset, options.batch_size, validation_transform, processes)
         total_steps = options.epochs * batches.steps_per_epoch
 
@@ -170,6 +197,10 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         model.to(device.device).to(memory_format=torch.channels_last)
         parallel_model = processes.parallel(model, device.device)
         optimizer = adamw(model, options.lr, options.weight_decay)
+        if options.optimizer == "muon":
+            convolutions = [parameter for parameter in model.parameters() if parameter.ndim == 4]
+            dtype = device.optimizer_dtype
+            optimizer = Muon(model, convolutions, options.lr, options.weight_decay, dtype=dtype)
         schedule = warmup_cosine(optimizer, round(options.warmup_epochs * batches.steps_per_epoch), total_steps)
 
         # Added to what the model says, for what it says to hold where all classes are alike (Menon et al., arXiv
@@ -258,11 +289,16 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                     images, labels = next(loader)
                     waited += time.perf_counter() - asked
 
+                    inputs, targets = classifier.normalise(device.put(images)), device.put(labels)
+                    targets = one_hot(targets, len(classes)).float()
+                    if is_mixed:
+                        rng = np.random.default_rng(seed_for(options.seed, MIXUP, step))
+                        inputs, targets = classifier.mixed(inputs, targets, rng.beta(options.mixup, options.mixup))
                     with device.autocast:
-                        logits = parallel_model(classifier.normalise(device.put(images)))
+                        logits = parallel_model(inputs)
                     logits = logits.float() + log_prior
-                    loss = cross_entropy(logits, device.put(labels), label_smoothing=options.label_smoothing)
-                    loss = loss * processes.weight(len(images), batches.batch_size)
+                    loss = cross_entropy(logits, targets, label_smoothing=options.label_smoothing)
+                    loss = loss * processes.weight(len(inputs), batches.batch_size)
                     optimizer.zero_grad(set_to_none=True)
                     device.scaler.scale(loss).backward()
                     if options.gradient_clip:

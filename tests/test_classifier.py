@@ -145,3 +145,10 @@ def test_weights_that_cannot_be_fetched_are_an_error_that_names_the_way_out(tmp_
 def test_every_backbone_builds_with_a_head_of_its_own(backbone):
     model = classifier.build(backbone, 13, pretrained=False).eval()
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 13)
+
+
+def test_mixed_images_are_a_part_of_one_and_the_rest_of_the_next_and_so_are_their_classes():
+    images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 2, 2)
+    inputs, targets = classifier.mixed(images, torch.eye(3), 0.75)
+    assert torch.allclose(inputs, torch.tensor([0.25, 1.25]).view(2, 1, 1, 1).expand(2, 3, 2, 2))
+    assert torch.allclose(targets, torch.tensor([[0.75, 0.25, 0.0], [0.0, 0.75, 0.25]]))

@@ -22,7 +22,8 @@ def test_norms_and_biases_do_not_decay():
 
 def test_an_orthogonalized_matrix_keeps_its_singular_vectors_and_evens_its_singular_values():
     rng = torch.Generator().manual_seed(0)
-    for matrices in torch.randn(2, 12, 20, generator=rng), torch.randn(2, 20, 12, generator=rng):
+    for shape in (12, 20), (20, 12), (12, 60), (60, 12):
+        matrices = torch.randn(2, *shape, generator=rng)
         for matrix, result in zip(matrices, orthogonalized(matrices), strict=True):
             left, _, right = torch.linalg.svd(matrix, full_matrices=False)
             inside = left.T @ result @ right.T
@@ -50,10 +51,11 @@ def moved(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], steps
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
-def test_muon_moves_matrices_as_torchs_own_and_the_rest_as_adamw():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_muon_moves_matrices_as_torchs_own_and_the_rest_as_adamw(dtype):
     model, matrices = small_model()
     began = [parameter.detach().clone() for parameter in model.parameters()]
-    ours = moved(model, [Muon(model, matrices, 1e-2, 0.1, 0.95, torch.bfloat16)], 5)
+    ours = moved(model, [Muon(model, matrices, 1e-2, 0.1, 0.95, dtype)], 5)
     model, matrices = small_model()
     theirs = moved(
         model,
@@ -67,6 +69,22 @@ def test_muon_moves_matrices_as_torchs_own_and_the_rest_as_adamw():
     )
     for start, mine, other in zip(began, ours, theirs, strict=True):
         assert (mine - other).norm() < 0.02 * (other - start).norm(), "but for bf16's rounding"
+
+
+def test_muon_moves_a_convolution_as_the_matrices_of_128_filters_each():
+    rng = torch.Generator().manual_seed(0)
+    weight, gradient = torch.randn(2, 256, 4, 3, 3, generator=rng)
+    convolution = torch.nn.Conv2d(4, 256, 3, bias=False).to(memory_format=torch.channels_last)
+    halves = torch.nn.ParameterList([part.flatten(1).clone() for part in weight.split(128)])
+    with torch.no_grad():
+        convolution.weight.copy_(weight)
+    convolution.weight.grad = gradient
+    for half, part in zip(halves, gradient.split(128), strict=True):
+        half.grad = part.flatten(1)
+    Muon(convolution, [convolution.weight], 0.1, 0.1).step()
+    Muon(halves, halves, 0.1, 0.1).step()
+    assert not torch.allclose(convolution.weight, weight, atol=1e-2)
+    assert torch.allclose(convolution.weight.flatten(1), torch.cat([*halves]), atol=1e-6)
 
 
 def test_muon_goes_on_where_it_was_saved():

@@ -103,6 +103,25 @@ def test_the_processes_shares_of_a_batch_are_the_batch(small_toy):
     assert [len(part) for part in last[1]] == [0, 0]
 
 
+def test_a_share_is_followed_by_the_first_image_of_the_next_one(small_toy):
+    """The last process's by the first of all: whatever the processes, each image has the same one beside it."""
+    images = open_dataset(small_toy, Frame(37), small_toy.parent)
+
+    def batch(*processes: Processes, with_next: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return TrainingBatches(images, 11, training_transform(32), 0, *processes, with_next=with_next)[1]
+
+    whole = batch(with_next=False)
+    assert all(torch.equal(a[:-1], b) for a, b in zip(batch(with_next=True), whole, strict=True))
+    beside = []
+    for rank in range(3):
+        share = batch(Processes(rank, 3), with_next=False)
+        followed = batch(Processes(rank, 3), with_next=True)
+        assert all(torch.equal(a[:-1], b) for a, b in zip(followed, share, strict=True))
+        beside.append([part[1:] for part in followed])
+    for part, parts in zip(whole, zip(*beside, strict=True), strict=True):
+        assert torch.equal(torch.cat(parts), part.roll(-1, 0))
+
+
 @pytest.mark.slow
 def test_a_batch_norm_over_processes_is_one_over_the_whole_batch(tmp_path):
     """Forward, backward, running statistics, evaluation; of seven images two have fewer than the others."""

@@ -74,6 +74,7 @@ def test_a_classifiers_report_says_what_was_done_and_what_is_taken_for_what(smok
     page = Page(text)
     assert page.elsewhere == []
     command = "python src/train.py data/toy --no-pretrained --image-size 64 --batch-size 16 --lr 0.001 --epochs 3"
+    command += " --optimizer muon --mixup 0.2"
     assert f"<code>{command}</code>" in text
     best = max(
         (row for row in parsed_metrics((run / "metrics.jsonl").read_bytes()) if "val_loss" in row),
@@ -174,5 +175,6 @@ def test_the_command_of_a_report_makes_the_same_options():
     ]
     options = train.PARSER.parse(words, on_modal=True)
     command = run_options.command(train.PARSER, options, "modal run")
-    expected = "modal run src/train.py 'data/my cats' --pretrained --image-size 96 --lr 1e-05 --epochs 3 --no-balance"
+    expected = "modal run src/train.py 'data/my cats' --pretrained --image-size 96 --lr 1e-05 --epochs 3"
+    expected += " --optimizer adamw --mixup 0 --no-balance"
     assert command == expected

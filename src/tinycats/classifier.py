@@ -73,6 +73,19 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
     return rows.view(batch, height, width, 3).permute(0, 3, 1, 2)
 
 
+def mixed(images: torch.Tensor, targets: torch.Tensor, part: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mixup (Zhang et al., arXiv 1710.09412): `part` of each image but the last, and for the rest of it the next one.
+
+    Args:
+        images: float [B + 1, 3, H, W].
+        targets: float [B + 1, C], the probability of each class.
+
+    Returns:
+        As many of both, less one.
+    """
+    return images[1:].lerp(images[:-1], part), targets[1:].lerp(targets[:-1], part)
+
+
 def confusion_matrix(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """int64 [C, C]: how many images of class i (row) were taken for class j (column)."""
     classes = logits.shape[1]

@@ -21,11 +21,12 @@ class BatchRng:
 
     Args:
         size: images in the batch.
-        share: which of them are here; all by default.
+        share: which of them are here, also as an array of their positions; all by default.
     """
 
-    def __init__(self, seed: int, size: int, share: slice | None = None):
-        self._rng, self._size, self._share = np.random.default_rng(seed), size, share or slice(size)
+    def __init__(self, seed: int, size: int, share: slice | np.ndarray | None = None):
+        self._rng, self._size = np.random.default_rng(seed), size
+        self._share = slice(size) if share is None else share
 
     def uniform(self, low: float = 0.0, high: float = 1.0, rows: tuple[int, ...] = ()) -> np.ndarray:
         """float64 [*rows, images that are here], in [low, high)."""

@@ -15,7 +15,7 @@ from tinycats.script.errors import UserError
 from tinycats.training.processes import Processes
 
 # What a random number is for. Streams with different purposes must not share numbers.
-SHUFFLING, AUGMENTATION, INITIALISATION, PATH, NOISE, VALIDATION, SAMPLING = range(7)
+SHUFFLING, AUGMENTATION, INITIALISATION, PATH, NOISE, VALIDATION, SAMPLING, MIXUP = range(8)
 
 PREFETCH = 4  # batches for each worker to prepare ahead of time
 
@@ -42,6 +42,10 @@ class TrainingBatches:
     An epoch is a shuffle of its own, cut into batches of equal size; what is left over at its end sits out,
     by turns. A batch is at most the whole data set.
 
+    Args:
+        with_next: the share is followed by the image that comes next in the batch, after the last one the first: each
+            has one to be mixed with, the same in however many processes.
+
     Attributes:
         batch_size: images in a batch, over all processes.
         share: which of them are here.
@@ -57,6 +61,8 @@ class TrainingBatches:
         transform: Transform,
         seed: int,
         processes: Processes = Processes(),  # noqa: B008  it is immutable
+        *,
+        with_next: bool = False,
     ):
         self.dataset, self.transform, self.seed = dataset, transform, seed
         self.indices = dataset.indices("train")
@@ -65,6 +71,7 @@ class TrainingBatches:
         if self.batch_size < processes.count:
             raise UserError(f"a batch of {self.batch_size} images is not enough for {processes.count} processes")
         self.steps_per_epoch = len(self.indices) // self.batch_size
+        self._here = np.arange(self.share.start, self.share.stop + with_next) % self.batch_size
 
     def class_counts(self) -> torch.Tensor:
         """int64 [C]: how many images there are of each class."""
@@ -73,9 +80,9 @@ class TrainingBatches:
 
     def __getitem__(self, step: int) -> Batch:
         epoch, number = divmod(step, self.steps_per_epoch)
-        positions = np.arange(number * self.batch_size, (number + 1) * self.batch_size)[self.share]
+        positions = number * self.batch_size + self._here
         shuffle = Shuffle(len(self.indices), seed_for(self.seed, SHUFFLING, epoch))
-        rng = BatchRng(seed_for(self.seed, AUGMENTATION, step), self.batch_size, self.share)
+        rng = BatchRng(seed_for(self.seed, AUGMENTATION, step), self.batch_size, self._here)
         return _batch(self.dataset, self.indices.start + shuffle[positions], self.transform, rng)
 
 

@@ -29,19 +29,22 @@ def _fuses(parameters: list[torch.nn.Parameter]) -> bool:
 
 
 class Muon(AdamW):
-    """Muon (Jordan et al., kellerjordan.github.io/posts/muon) for some matrices of a model, AdamW for the rest.
+    """Muon (Jordan et al., kellerjordan.github.io/posts/muon) for some weights of a model, AdamW for the rest.
 
-    The direction in which a matrix moves is its gradient's momentum with all singular values made (nearly) the same. It
-    is as long as AdamW's usually is (Liu et al., arXiv 2502.16982, equation 4), so that one learning rate serves both.
-    torch.optim.Muon, of which tests/test_optimization.py shows that it moves matrices alike, computes in bf16 wherever
-    it is, which is slow where that is emulated, and wants a second optimizer for what is not a matrix.
+    A convolution is the matrix of its filters, one a row, of which 128 each are a matrix of their own: what a matrix
+    takes grows with the square of its rows. The direction in which a matrix moves is its gradient's momentum with all
+    singular values made (nearly) the same. It is as long as AdamW's usually is (Liu et al., arXiv
+    2502.16982, equation 4), so that one learning rate serves both. torch.optim.Muon, of which
+    tests/test_optimization.py shows that it moves matrices alike, computes in bf16 wherever it is, which is slow where
+    that is emulated, and wants a second optimizer for what is not a matrix.
 
     Args:
-        matrices: of the model's parameters, those of two dimensions that Muon is for.
+        matrices: of the model's parameters, those that Muon is for: matrices and convolutions.
         dtype: that singular values are evened in; None: each matrix's own.
     """
 
     MOMENTUM = 0.95
+    FILTERS = 128
 
     def __init__(
         self,
@@ -57,7 +60,7 @@ class Muon(AdamW):
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in theirs]
         groups = [{"is_orthogonal": False, **group} for group in _groups(rest, weight_decay)]
         groups.append({"is_orthogonal": True, "params": matrices, "weight_decay": weight_decay})
-        super().__init__(groups, lr=lr, betas=(0.9, beta2), fused=_fuses(rest))
+        super().__init__(groups, lr=lr, betas=(0.9, beta2), fused=_fuses([*matrices, *rest]))
         self._dtype = dtype
         # A fused AdamW divides gradients by the loss's scale itself; of the matrices' it does not know.
         self._step_supports_amp_scaling = False
@@ -83,9 +86,13 @@ class Muon(AdamW):
             matrix.grad = None  # AdamW passes over what has none
         momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - self.MOMENTUM)
-        ahead = torch._foreach_lerp(gradients, momenta, self.MOMENTUM)  # Nesterov's
-        directions = orthogonalized(torch.stack([*ahead]).to(self._dtype or matrices[0].dtype))
-        length = 0.2 * max(matrices[0].shape) ** 0.5
+        nesterov = torch._foreach_lerp(gradients, momenta, self.MOMENTUM)
+        ahead = [matrix.movedim(1, -1) for matrix in nesterov]  # as convolutions lie in memory, channels last
+        stacked = torch.stack([matrix.flatten(1) for matrix in ahead]).to(self._dtype or matrices[0].dtype)
+        if matrices[0].ndim > 2 and stacked.shape[1] % self.FILTERS == 0:
+            stacked = stacked.view(-1, self.FILTERS, stacked.shape[2])
+        length = 0.2 * max(stacked.shape[1:]) ** 0.5
+        directions = orthogonalized(stacked).reshape(len(ahead), *ahead[0].shape).movedim(-1, 2)
         torch._foreach_mul_(matrices, 1 - lr * weight_decay)
         for matrix, direction in zip(matrices, directions, strict=True):
             matrix.add_(direction, alpha=-lr * length)
@@ -93,14 +100,32 @@ class Muon(AdamW):
 
 def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
     """[B, M, N] with the singular vectors of each matrix, and singular values between 0.7 and 1.2 instead of its own:
-    five Newton-Schulz iterations with the constants of Jordan et al."""
+    five Newton-Schulz iterations with the constants of Jordan et al.
+
+    Each multiplies the matrix by a polynomial of its Gram matrix. Those of all five commute: where the matrix is long
+    they are multiplied with each other first, which is smaller; not so in bf16, where each has to mend how the one
+    before it was rounded.
+    """
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
-    for _ in range(5):
+    if x.shape[2] >= 2 * x.shape[1] and x.dtype != torch.bfloat16:
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+        product = torch.eye(x.shape[1], device=x.device).expand_as(gram)
+        for _ in range(5):
+            polynomial = _polynomial(gram)
+            polynomial.diagonal(dim1=1, dim2=2).add_(3.4445)
+            product = polynomial @ product
+            gram = polynomial @ gram @ polynomial
+        x = product @ x
+    else:
+        for _ in range(5):
+            x = torch.baddbmm(x, _polynomial(x @ x.mT), x, beta=3.4445)
     return x.mT if is_tall else x
+
+
+def _polynomial(gram: torch.Tensor) -> torch.Tensor:
+    return torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
