@@ -206,6 +206,21 @@ def test_stopped_in_evaluation_it_evaluates_that_epoch_when_it_goes_on(undisturb
     assert_same_results(undisturbed, tmp_path / "outputs" / "runs" / "r")
 
 
+def test_with_muon_too_it_goes_on_to_the_same_end(small_toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = (small_toy, *SMALL, "--optimizer", "muon", "--epochs", 2)
+    train_here(*arguments, "--run", "straight")
+    stop = StopSignals()
+    with monkeypatch.context() as patch:
+        stop_in_evaluation(patch, stop)
+        with pytest.raises(Stopped):
+            train_here(*arguments, "--run", "stopped", stop=stop)
+    train_here("--resume", "stopped")
+    runs = tmp_path / "outputs" / "runs"
+    assert_same_results(runs / "straight", runs / "stopped")
+    assert train.PARSER.parse([str(small_toy), "--no-pretrained"]).optimizer == "muon", "it is the default"
+
+
 @pytest.mark.slow
 def test_from_a_damaged_state_it_goes_on_from_the_one_before(undisturbed, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -463,7 +478,7 @@ def test_a_rare_class_is_learned_although_always_saying_the_other_is_right_nine_
         grey_photos(tmp_path / "greys" / split / "common", 140, common, 2 * number + 1)
     accuracy = {}
     for balance in ("--balance", "--no-balance"):
-        result = train_here("greys", *SMALL, "--image-size", 32, "--epochs", 4, "--batch-size", 16, balance)
+        result = train_here("greys", *SMALL, "--epochs", 4, "--batch-size", 16, balance)
         accuracy[balance] = result["metrics"]["class_accuracy"]
     assert train.PARSER.parse(["greys"]).balance, "it is the default"
     assert min(accuracy["--balance"].values()) > 0.5, "what can be told apart at all: 69 % of each"
