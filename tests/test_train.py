@@ -221,6 +221,26 @@ def test_with_muon_too_it_goes_on_to_the_same_end(small_toy, tmp_path, monkeypat
     assert train.PARSER.parse([str(small_toy), "--no-pretrained"]).optimizer == "muon", "it is the default"
 
 
+def test_mixed_images_are_what_is_trained_on(small_toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mixed, parts = classifier.mixed, []
+
+    def noted(images, targets, part):
+        parts.append(part)
+        return mixed(images, targets, part)
+
+    monkeypatch.setattr(classifier, "mixed", noted)
+    losses = {}
+    for mixup in (0, 0.2):
+        train_here(small_toy, *SMALL, "--mixup", mixup, "--epochs", 1, "--run", mixup)
+        rows = (tmp_path / "outputs" / "runs" / str(mixup) / "metrics.jsonl").read_text().splitlines()
+        losses[mixup] = json.loads(rows[-1])["train_loss"]
+    assert losses[0] != losses[0.2]
+    assert len(parts) == 5 == len(set(parts)), "another part at each step, and none where nothing is mixed"
+    assert all(0 <= part <= 1 for part in parts)
+    assert train.PARSER.parse([str(small_toy), "--no-pretrained"]).mixup == 0.2, "it is the default"
+
+
 @pytest.mark.slow
 def test_from_a_damaged_state_it_goes_on_from_the_one_before(undisturbed, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
