@@ -82,6 +82,7 @@ def script_process(script: str, *arguments: object, cwd: Path, cold: bool = Fals
 
     Args:
         cold: start an ordinary Python, not one that has imported torch already.
+        options: for WarmPython.popen.
     """
     options["env"] = os.environ | {"PYTHONUNBUFFERED": "1"} | options.get("env", {})
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True} | options

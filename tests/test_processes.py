@@ -1,5 +1,6 @@
 """A run in several processes computes what it computes in one, and stops, dies, fails and goes on as one."""
 
+import contextlib
 import json
 import os
 import random
@@ -7,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import nn
 
 import train
 import train_dit
-from conftest import REPOSITORY, SMALL, processes, run_quietly, script_process
+from conftest import REPOSITORY, SMALL, WARM_PYTHON, processes, run_quietly, script_process
 from test_train_dit import same
 from tinycats.classifier import training_transform, validation_transform
 from tinycats.images.batches import TrainingBatches, ValidationBatches
@@ -311,25 +311,22 @@ def start_with_two_gpus(tmp_path):
     program = tmp_path / "train_dit.py"
     program.write_text(LAUNCHED)
 
-    def start(*arguments: object, env: dict[str, str] | None = None) -> subprocess.Popen:
-        return script_process(str(program), *arguments, cwd=tmp_path, env={"OMP_NUM_THREADS": "1"} | (env or {}))
+    def start(*arguments: object, launches: bool = True, **environment: str) -> subprocess.Popen:
+        environment = {"OMP_NUM_THREADS": "1"} | environment
+        return script_process(str(program), *arguments, cwd=tmp_path, env=environment, launches=launches)
 
     return start
 
 
 def children(process: subprocess.Popen) -> list[int]:
-    """The processes that it has started, by rank."""
+    """The two processes that it has launched, by rank."""
     found = []
     for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parent = int(status.read_text().rpartition(")")[2].split()[1])
-            environment = (status.parent / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        ranks = [word for word in environment if word.startswith(b"RANK=")]
-        if parent == process.pid and ranks:
-            found.append((ranks[0], int(status.parent.name)))
-    return [pid for _, pid in sorted(found)]
+        with contextlib.suppress(OSError):
+            words = status.read_text().rpartition(")")[2].split()
+            if int(words[1]) == process.pid:
+                found.append((int(words[19]), int(status.parent.name)))  # when it was started
+    return [pid for _, pid in sorted(found)][-2:]  # before them there may be what they were forked from
 
 
 @pytest.mark.slow
@@ -339,7 +336,7 @@ def test_started_by_itself_a_script_uses_all_gpus_and_ends_as_its_processes_do(
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     options = (*DIT[1:], "--steps", 100_000, "--sample-every", 100_000)
-    process = start_with_two_gpus(small_toy, *options, "--run", "r", env={"TMPDIR": str(temporary)})
+    process = start_with_two_gpus(small_toy, *options, "--run", "r", TMPDIR=str(temporary))
     for line in process.stdout:
         if "seconds until the first step" in line:
             break
@@ -357,7 +354,8 @@ def test_started_by_itself_a_script_uses_all_gpus_and_ends_as_its_processes_do(
     ((status, _, errors),) = finish([process])
     assert (status, errors) == (1, "error: process 1 of the run died (SIGKILL); the others have ended too\n")
 
-    process = start_with_two_gpus("--resume", "r")
+    # These two import torch themselves, after its launcher has told them to print less.
+    process = start_with_two_gpus("--resume", "r", launches=False)
     for line in process.stdout:
         if "seconds until the first step" in line:
             break
@@ -382,8 +380,8 @@ def test_two_launchers_are_two_machines(generator_in_one, small_toy, tmp_path):
         launched += ("--rdzv-endpoint", f"localhost:{port}", "--rdzv-conf", f"is_host={number == 0}")
         launched += ("--local-addr", "localhost", "--", REPOSITORY / "tests" / "in_double_precision.py")
         command = ["-m", "torch.distributed.run", *launched, script, "cats", *options, "--run", "r"]
-        words = [sys.executable, *map(str, command)]
-        launchers.append(subprocess.Popen(words, cwd=machine, stdout=-1, stderr=-1, text=True))
+        words = list(map(str, command))
+        launchers.append(WARM_PYTHON.popen(words, launches=True, cwd=machine, stdout=-1, stderr=-1, text=True))
     ended = finish(launchers)
     assert [status for status, *_ in ended] == [0, 0], ended
     (run,) = tmp_path.glob("*/outputs/runs/r")

@@ -230,6 +230,7 @@ async def _fork(container: Container, words: list[str], environment: dict[str, s
         "cwd": "/root",
         "env": environment,
         "session": True,
+        "launches": container.call.function.definition.resources.gpu_config.count > 1,
         "namespaces_of": first,
         "moved": {sysconfig.get_path("purelib"): PACKAGES, sys.base_prefix: PYTHON},
     }

@@ -8,6 +8,9 @@ Tests of the imports themselves start an ordinary Python.
 
     parent = WarmPython()
     process = parent.popen([script, *arguments], cwd=…, env=…, stdout=subprocess.PIPE, …)
+
+With `launches=True` what the process itself starts as `python …`, as torch's launcher does, is forked as well: from a
+copy of it, made before it has done anything.
 """
 
 import array
@@ -38,10 +41,14 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 class WarmPython:
-    """The parent; it starts with the first process that is asked for, and ends with this one."""
+    """The parent; it starts with the first process that is asked for, and ends with this one.
 
-    def __init__(self) -> None:
-        self._socket: socket.socket | None = None
+    Args:
+        connection: to one that has been started.
+    """
+
+    def __init__(self, connection: socket.socket | None = None) -> None:
+        self._socket = connection
         self._lock = threading.Lock()
 
     def fork(self, request: dict[str, Any], streams: Sequence[int]) -> int:
@@ -60,21 +67,20 @@ class WarmPython:
 
     @staticmethod
     def _start() -> socket.socket:
-        # The processes are forked twice and then, orphans, become this one's children: it can wait for them.
-        libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        _adopt_orphans()
         ours, theirs = socket.socketpair()
         with theirs:
             subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], pass_fds=[theirs.fileno()])
         return ours
 
-    def popen(self, words: Sequence[str], **options: Any) -> subprocess.Popen:
+    def popen(self, words: Sequence[str], launches: bool = False, **options: Any) -> subprocess.Popen:
         """`subprocess.Popen([python, *words], …)`."""
-        return _WarmPopen(self, [sys.executable, *words], **options)
+        return _WarmPopen(self, [sys.executable, *words], launches, **options)
 
 
 class _WarmPopen(subprocess.Popen):
-    def __init__(self, parent: WarmPython, words: Sequence[str], **options: Any):
-        self._parent = parent
+    def __init__(self, parent: WarmPython, words: Sequence[str], launches: bool = False, **options: Any):
+        self._parent, self._launches = parent, launches
         super().__init__(words, **options)
 
     def _execute_child(
@@ -83,10 +89,17 @@ class _WarmPopen(subprocess.Popen):
         assert preexec_fn is None and not pass_fds, "an ordinary Popen can do that"
         p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, _restore, _gid, _gids, _uid, _umask, session, *_ = rest
         request = {"words": args[1:], "cwd": os.fspath(cwd or "."), "env": dict(env or os.environ), "session": session}
+        request["launches"] = self._launches
         streams = [number if mine == -1 else mine for number, mine in enumerate((p2cread, c2pwrite, errwrite))]
         self.pid = self._parent.fork(request, streams)
         self._child_created = True
         self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+
+
+def _adopt_orphans() -> None:
+    """What is forked here is forked twice and then, an orphan, becomes the child of the process that calls this, which
+    can wait for it."""
+    libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def _receive(connection: socket.socket, length: int) -> bytes:
@@ -112,6 +125,7 @@ def _serve(connection: socket.socket) -> dict[str, Any]:
         for _level, _kind, data in ancillary:
             streams.frombytes(data)
         request = json.loads(_receive(connection, int.from_bytes(first, "little")))
+        reader, writer = os.pipe()
         between = os.fork()
         if between == 0:
             try:
@@ -120,16 +134,17 @@ def _serve(connection: socket.socket) -> dict[str, Any]:
             except OSError:
                 pid, request["words"] = 0, None
             if pid or not request["words"]:
-                connection.sendall(pid.to_bytes(8, "little"))
+                os.write(writer, pid.to_bytes(8, "little"))
                 os._exit(0)
             connection.close()
             for number, stream in enumerate(streams):
                 os.dup2(stream, number)
             os.closerange(3, 1 + max(streams))
             return request
-        os.waitpid(between, 0)
-        for stream in streams:
-            os.close(stream)
+        os.waitpid(between, 0)  # from here on it is an orphan, which can be waited for
+        connection.sendall(os.read(reader, 8))
+        for descriptor in (reader, writer, *streams):
+            os.close(descriptor)
 
 
 def enter_namespaces(pid: int | None) -> None:
@@ -194,6 +209,30 @@ def _move(places: Mapping[str, str]) -> None:
     sys.path_importer_cache.clear()
 
 
+def _fork_what_is_launched() -> list[str] | None:
+    """Have what this process starts as `python …` forked, too; returns its words in a process that was."""
+    import signal
+
+    _adopt_orphans()
+    ours, theirs = socket.socketpair()
+    if os.fork() == 0:
+        ours.close()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return _become(_serve(theirs))
+    theirs.close()
+    parent, ordinary = WarmPython(ours), subprocess.Popen._execute_child
+
+    def execute(popen: subprocess.Popen, args: Any, *rest: Any) -> None:
+        if isinstance(args, list | tuple) and args[0] == sys.executable:
+            popen._parent, popen._launches = parent, False
+            _WarmPopen._execute_child(popen, [word for word in args if word != "-u"], *rest)
+        else:
+            ordinary(popen, args, *rest)
+
+    subprocess.Popen._execute_child = execute
+    return None
+
+
 def _main() -> None:
     import gc
     import importlib
@@ -205,7 +244,11 @@ def _main() -> None:
         importlib.import_module(module)
     gc.freeze()  # what is shared stays shared
     del sys.path[0]  # this folder
-    program, *arguments = _become(_serve(socket.socket(fileno=int(sys.argv[1]))))
+    request = _serve(socket.socket(fileno=int(sys.argv[1])))
+    words = _become(request)
+    if request.get("launches"):
+        words = _fork_what_is_launched() or words
+    program, *arguments = words
     if program == "-m":
         module, *arguments = arguments
         sys.argv = [module, *arguments]
