@@ -37,8 +37,11 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow tests first: none of them is left over for one process when the others have finished."""
+    """The slow tests first: none of them is left over for one process when the others have finished. Before them one
+    for which `smoke` is trained: the others that look at it, a few minutes later, need not wait."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    first = next((item for item in items if "smoke" in item.fixturenames), None)
+    items.sort(key=lambda item: item is not first)
 
 
 @pytest.fixture(scope="session")

@@ -372,6 +372,7 @@ def test_a_detached_run_is_watched_and_stopped_by_its_apps_id(modal_cloud, small
     runs = ("modal", "run", "-q", SCRIPT.with_name("runs.py"))
     listed = modal_cloud.run(*runs, cwd=tmp_path)
     assert re.match(r"r +\S+ \S+ +train.py +step \d+ of 250 +balanced_accuracy [01].\d+ +in progress\n", listed.stdout)
+    trainings(modal_cloud)[0].send_signal(signal.SIGSTOP)  # it need not train on while the other commands run
     refused = modal_cloud.run(*runs, "--remove", "r", cwd=tmp_path)
     assert (refused.status, refused.stderr) == (1, "error: the run r is in progress\n"), refused.output
     stopped = modal_cloud.run("modal", "app", "stop", app_id, "--yes", cwd=tmp_path)
