@@ -62,7 +62,8 @@ class ClassifierParser(TrainingParser):
             help="side of the square that the model sees (default: 224; for data/toy 64)",
         )
         training = self.add_argument_group("training")
-        self.add_optimization_options(training, batch_size=32, weight_decay=0.05, lr=1e-4)
+        rate = "the learning rate at its peak (default: 1e-4 from pretrained weights; 2e-3 from scratch)"
+        self.add_optimization_options(training, batch_size=32, weight_decay=0.05, lr=None, lr_help=rate)
         training.add_argument("--epochs", type=whole_number(1), default=10, help="times through the images")
         training.add_argument(
             "--warmup-epochs", type=number(at_least=0), default=0.5, help="how long the learning rate rises"
@@ -97,6 +98,8 @@ class ClassifierParser(TrainingParser):
             options.pretrained = not is_toy(options.data_dir)
         if options.image_size is None:
             options.image_size = 64 if is_toy(options.data_dir) else 224
+        if options.lr is None:
+            options.lr = 1e-4 if options.pretrained else 2e-3
         if options.optimizer is None:
             options.optimizer = "adamw" if options.pretrained else "muon"
         if options.mixup is None:
@@ -196,8 +199,9 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             model = synchronised(model, device.device)
         model.to(device.device).to(memory_format=torch.channels_last)
         parallel_model = processes.parallel(model, device.device)
-        optimizer = adamw(model, options.lr, options.weight_decay)
-        if options.optimizer == "muon":
+        if options.optimizer == "adamw":
+            optimizer = adamw(model, options.lr, options.weight_decay)
+        else:
             convolutions = [parameter for parameter in model.parameters() if parameter.ndim == 4]
             dtype = device.optimizer_dtype
             optimizer = Muon(model, convolutions, options.lr, options.weight_decay, dtype=dtype)

@@ -218,7 +218,17 @@ def test_with_muon_too_it_goes_on_to_the_same_end(small_toy, tmp_path, monkeypat
     train_here("--resume", "stopped")
     runs = tmp_path / "outputs" / "runs"
     assert_same_results(runs / "straight", runs / "stopped")
-    assert train.PARSER.parse([str(small_toy), "--no-pretrained"]).optimizer == "muon", "it is the default"
+
+
+def test_from_scratch_it_trains_otherwise_than_from_pretrained_weights(small_toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for option, settings in (("--pretrained", (1e-4, "adamw", 0)), ("--no-pretrained", (2e-3, "muon", 0.2))):
+        options = train.PARSER.parse([str(small_toy), option])
+        assert (options.lr, options.optimizer, options.mixup) == settings
+    options = train.PARSER.parse(
+        [str(small_toy), "--no-pretrained", "--lr", "0.5", "--optimizer", "adamw", "--mixup", "0"]
+    )
+    assert (options.lr, options.optimizer, options.mixup) == (0.5, "adamw", 0)
 
 
 def test_mixed_images_are_what_is_trained_on(small_toy, tmp_path, monkeypatch):
@@ -238,7 +248,6 @@ def test_mixed_images_are_what_is_trained_on(small_toy, tmp_path, monkeypatch):
     assert losses[0] != losses[0.2]
     assert len(parts) == 5 == len(set(parts)), "another part at each step, and none where nothing is mixed"
     assert all(0 <= part <= 1 for part in parts)
-    assert train.PARSER.parse([str(small_toy), "--no-pretrained"]).mixup == 0.2, "it is the default"
 
 
 @pytest.mark.slow
