@@ -218,6 +218,8 @@ def test_with_muon_too_it_goes_on_to_the_same_end(small_toy, tmp_path, monkeypat
     train_here("--resume", "stopped")
     runs = tmp_path / "outputs" / "runs"
     assert_same_results(runs / "straight", runs / "stopped")
+    states = checkpoints.load(runs / "stopped" / "state.pt")["optimizer"]["state"].values()
+    assert sum("momentum_buffer" in state for state in states) == 20, "every convolution of a ResNet-18 is Muon's"
 
 
 def test_from_scratch_it_trains_otherwise_than_from_pretrained_weights(small_toy, tmp_path, monkeypatch):
