@@ -22,11 +22,12 @@ def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """[B, N, C * patch_size**2] -> [B, C, H, W], square: the inverse of `patchify`."""
+    """[B, N, C * patch_size**2] -> [B, C, H, W], square: the inverse of `patchify`. In memory, channels are last, as
+    convolutions are fastest."""
     batch, count, size = patches.shape
     side, channels = math.isqrt(count), size // patch_size**2
-    grid = patches.reshape(batch, side, side, channels, patch_size, patch_size)
-    return grid.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, side * patch_size, side * patch_size)
+    grid = patches.reshape(batch, side, side, channels, patch_size, patch_size).permute(0, 1, 4, 2, 5, 3)
+    return grid.reshape(batch, side * patch_size, side * patch_size, channels).permute(0, 3, 1, 2)
 
 
 def sinusoids(positions: torch.Tensor, dim: int, longest: float = 10_000) -> torch.Tensor:

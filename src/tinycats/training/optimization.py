@@ -111,12 +111,11 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     if x.shape[2] >= 2 * x.shape[1] and x.dtype != torch.bfloat16:
         gram = x @ x.mT
-        product = torch.eye(x.shape[1], device=x.device).expand_as(gram)
-        for _ in range(5):
-            polynomial = _polynomial(gram)
-            polynomial.diagonal(dim1=1, dim2=2).add_(3.4445)
-            product = polynomial @ product
+        product = polynomial = _polynomial(gram, 3.4445)
+        for _ in range(4):
             gram = polynomial @ gram @ polynomial
+            polynomial = _polynomial(gram, 3.4445)
+            product = polynomial @ product
         x = product @ x
     else:
         for _ in range(5):
@@ -124,8 +123,10 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
     return x.mT if is_tall else x
 
 
-def _polynomial(gram: torch.Tensor) -> torch.Tensor:
-    return torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+def _polynomial(gram: torch.Tensor, constant: float = 0.0) -> torch.Tensor:
+    polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+    polynomial.diagonal(dim1=1, dim2=2).add_(constant)
+    return polynomial
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
