@@ -318,6 +318,8 @@ def test_the_terminal_that_goes_away_stops_it_with_its_state_saved(small_toy, tm
         (["x" * 5000], "file name too long"),
         (["--resume", "x" * 5000], "file name too long"),
         (["--output-dir", "x" * 5000], "file name too long"),
+        (["--batch-size=--"], "argument --batch-size: expected one argument"),
+        (["--output-dir=--"], "argument --output-dir: expected one argument"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_2(arguments, message, tmp_path, monkeypatch, capsys):

@@ -112,6 +112,9 @@ class Parser(argparse.ArgumentParser):
         arguments = list(arguments)
         if arguments[:1] == ["--"]:  # `modal run src/train.py -- --epochs 3`
             del arguments[0]
+        for argument in arguments:
+            if argument.startswith("--") and argument.endswith("=--"):  # a list without anything, for argparse of 3.11
+                self.error(f"argument {argument.removesuffix('=--')}: expected one argument")
         defaults = {action.dest: action.default for action in self._actions if action.dest != "help"}
         # argparse fills in a default only where nothing is set: what is still unset was not given.
         unset = object()
