@@ -29,6 +29,7 @@ from tinycats.images.batches import TrainingBatches, ValidationBatches
 from tinycats.images.datasets import open_dataset
 from tinycats.images.packed_images import PackedImages
 from tinycats.models.sliced_wasserstein import pyramid_distances
+from tinycats.training import devices
 
 
 def validation_images(images: PackedImages) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="where to save a grid of samples")
     options = parser.parse_args()
 
-    finished = generator.load(options.model)
+    finished = generator.load(options.model).to(devices.find("auto"))
     if options.cfg_scale is not None:
         finished = dataclasses.replace(finished, guidance_scale=options.cfg_scale)
     size = finished.model.image_size

@@ -14,6 +14,7 @@ from tinycats.images.toy_cats import draw_toy_cats
 from tinycats.models.dit import TinyDiT
 
 SHAPE = {"image_size": 32, "patch_size": 8, "dim": 32, "depth": 1, "heads": 2}
+SHAPE_OPTIONS = [word for name, value in SHAPE.items() for word in (f"--{name.replace('_', '-')}", value)]
 
 
 def benchmark(script: str, *arguments: object) -> str:
@@ -72,10 +73,9 @@ def few_images(shared_folder) -> Path:
 
 @pytest.mark.slow
 def test_the_choices_of_flow_matching_are_compared(few_images, tmp_path):
-    shape = [word for name, value in SHAPE.items() for word in (f"--{name.replace('_', '-')}", value)]
     chosen = ("--variants", "chosen", "late, velocity", "patches, adamw", "sees noise")
     rest = ("--seconds", 0.5, "--batch-size", 4, "--output", tmp_path)
-    printed = benchmark("flow_matching_choices.py", few_images, *shape, *chosen, *rest)
+    printed = benchmark("flow_matching_choices.py", few_images, *SHAPE_OPTIONS, *chosen, *rest)
     lines = [line.split()[0] for line in printed.splitlines() if not line.startswith("    at ")]
     assert lines == ["real", "chosen", "late,", "patches,", "sees"]
     assert {path.stem for path in tmp_path.iterdir()} == {"chosen", "late_velocity", "patches_adamw", "sees_noise"}
@@ -118,6 +118,15 @@ def test_when_photos_are_learned_by_heart_is_measured(small_toy, tmp_path):
 @pytest.mark.slow
 def test_the_fused_optimizer_is_compared_with_the_plain_one():
     assert re.fullmatch(r"plain \d+ ms, fused \d+ ms a step: [\d.]+x\n", benchmark("adamw.py"))
+
+
+@pytest.mark.slow
+def test_where_the_time_of_a_step_goes_is_measured():
+    printed = benchmark("step.py", *SHAPE_OPTIONS, "--batch-size", 2, "--steps", 2)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    assert [row[0] for row in rows[2:]] == ["images", "forward", "backward", "clip", "optimizer", "EMA", "sum"]
+    assert all(float(cell) > 0 for row in rows[2:] for cell in row[1:])
+    assert re.search(r"a step [\d.]+ ms, \d+ images/s, [\d.]+ of [\d.]+ TFLOP/s: \d+%", printed)
 
 
 @pytest.mark.slow

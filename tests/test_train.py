@@ -461,6 +461,12 @@ def test_a_run_that_exists_is_not_continued_or_overwritten_by_accident(copy_of_r
     assert {path.name: path.read_bytes() for path in copy_of_run.iterdir()} == before
 
 
+def test_a_run_that_is_stopped_before_it_goes_on_can_still_be_resumed(copy_of_run):
+    said = train.PARSER.if_stopped(train.PARSER.parse(["--resume", "r"]))
+    assert said == "nothing more had been trained yet; go on with the run: python src/train.py --resume r"
+    assert "nothing to resume" in train.PARSER.if_stopped(train.PARSER.parse([]))
+
+
 def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path):
     (tmp_path / "modal").mkdir()
     (tmp_path / "modal" / "__init__.py").write_text("import os, time; os.kill(os.getpid(), 2); time.sleep(10)")

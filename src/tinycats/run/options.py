@@ -125,6 +125,12 @@ class TrainingParser(Parser):
         if options.run and checkpoints.has_checkpoint(runs.folder_of(options.output_dir, options.run)):
             raise UserError(runs.taken(options.run))
 
+    def if_stopped(self, options: Options) -> str:
+        if options.resume:
+            command = shlex.join(["python", f"src/{self.prog}", "--resume", options.resume])
+            return f"nothing more had been trained yet; go on with the run: {command}"
+        return NOTHING_TRAINED
+
 
 def resumed_options(options: Options, saved: dict) -> Options:
     """The options of a run that goes on: the saved ones, and of the new ones those that are free to change.
@@ -199,4 +205,4 @@ def train_on_this_machine(
         train(options, stop, ThisMachine(parser.prog))
         return None
 
-    processes.leave(command_line.run_on_this_machine(parser, do, NOTHING_TRAINED))
+    processes.leave(command_line.run_on_this_machine(parser, do))

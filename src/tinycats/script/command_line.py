@@ -151,16 +151,19 @@ class Parser(argparse.ArgumentParser):
     def check(self, options: Options) -> None:
         """Checks of combinations, for a script to add; calls `error`."""
 
+    def if_stopped(self, options: Options) -> str:
+        """What to say where a script is stopped and says nothing itself; for a script to replace."""
+        return ""
 
-def run_on_this_machine(parser: Parser, do: Callable[[Options, StopSignals], int | None], if_stopped: str = "") -> int:
+
+def run_on_this_machine(parser: Parser, do: Callable[[Options, StopSignals], int | None]) -> int:
     """`python src/name.py …`: parse, do it, and answer with the exit status; errors are one line on stderr.
 
     Args:
         do: may return an exit status that is not 0.
-        if_stopped: what to say where it is stopped and says nothing itself.
     """
     options = parser.parse(sys.argv[1:])
-    with StopSignals(if_stopped) as stop:
+    with StopSignals(parser.if_stopped(options)) as stop:
         try:
             status = do(options, stop) or 0
             sys.stdout.flush()

@@ -1,0 +1,169 @@
+"""Where the time of a training step goes: TinyDiT's, part by part, and against what the device multiplies at best.
+
+    python benchmarks/step.py --image-size 64 --patch-size 8 --dim 192 --depth 6 --batch-size 16
+    python benchmarks/step.py --device cuda --profile
+
+`alone` is a part with a wait for the device before and after it; `host` is how long the processor takes to hand it to
+a GPU, without waiting: where these add up to more than a step, the GPU waits for the processor. The last line sets the
+whole step's operations, the optimizer's among them, against those of one large matrix product in the same precision.
+"""
+
+import argparse
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from tinycats import generator
+from tinycats.models import crops
+from tinycats.models.dit import TinyDiT
+from tinycats.models.ema import ema_model
+from tinycats.models.flow_matching import flow_matching_loss, sample_timesteps
+from tinycats.training import devices
+from tinycats.training.compilation import compile_if_possible
+from tinycats.training.optimization import Muon
+
+Part = Callable[[], None]
+
+
+def parts_of(options: argparse.Namespace, device: devices.Device) -> dict[str, Part]:
+    """The parts of a step, in order, as in src/train_dit.py."""
+    torch.manual_seed(0)
+    shape = {name: getattr(options, name) for name in ("image_size", "patch_size", "dim", "depth", "heads")}
+    model = TinyDiT(13, **shape).to(device.device)
+    ema = ema_model(model, 0.999)
+    optimizer = Muon(model, model.matrices(), 0.384 / options.dim, 0.0, generator.BETA2, device.optimizer_dtype)
+    if options.compile:
+        compile_if_possible(model, device, options.batch_size, None)
+    images = torch.randint(256, (options.batch_size, 3, options.image_size, options.image_size), dtype=torch.uint8)
+    images = images.pin_memory() if device.is_gpu else images
+    labels = torch.randint(13, (options.batch_size,))
+    rng = torch.Generator().manual_seed(0)
+    path: tuple[torch.Tensor, ...] = ()
+    loss = torch.zeros(())
+
+    def take() -> None:
+        nonlocal path
+        timesteps = sample_timesteps(options.batch_size, rng)
+        cropped = device.put(crops.sample_crops(options.batch_size, crops.PROBABILITY, rng))
+        targets = crops.crop(generator.to_unit(device.put(images)), cropped)
+        path = torch.randn_like(targets), targets, device.put(timesteps), device.put(labels), cropped
+
+    def forward() -> None:
+        nonlocal loss
+        optimizer.zero_grad(set_to_none=True)
+        with device.autocast:
+            loss = flow_matching_loss(model, *path)
+
+    def backward() -> None:
+        device.scaler.scale(loss).backward()
+
+    def clip() -> None:
+        device.scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+    def step() -> None:
+        device.scaler.step(optimizer)
+        device.scaler.update()
+
+    def average() -> None:
+        ema.update_parameters(model)
+
+    return {"images": take, "forward": forward, "backward": backward, "clip": clip, "optimizer": step, "EMA": average}
+
+
+def wait(device: devices.Device) -> None:
+    if device.is_gpu:
+        torch.cuda.synchronize()
+
+
+def seconds(part: Part, device: devices.Device, *, waiting: bool) -> float:
+    if waiting:
+        wait(device)
+    began = time.perf_counter()
+    part()
+    if waiting:
+        wait(device)
+    return time.perf_counter() - began
+
+
+def flops_at_best(device: devices.Device, side: int) -> float:
+    """Operations a second of a product of two square matrices: the most of five."""
+    with device.autocast:
+        dtype = (torch.ones(1, 1, device=device.device) @ torch.ones(1, 1, device=device.device)).dtype
+    matrix = torch.randn(side, side, device=device.device, dtype=dtype)
+    return 2 * side**3 / min(seconds(lambda: matrix @ matrix, device, waiting=True) for _ in range(6))
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image-size", type=int, default=128)
+    parser.add_argument("--patch-size", type=int, default=16)
+    parser.add_argument("--dim", type=int, default=384)
+    parser.add_argument("--depth", type=int, default=12)
+    parser.add_argument("--heads", type=int, default=6)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--profile", action="store_true", help="the kernels that take the longest")
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    device = devices.choose(options.device, mixed_precision=True)
+    options.compile = device.is_gpu if options.compile is None else options.compile
+    parts = parts_of(options, device)
+
+    def step() -> None:
+        for part in parts.values():
+            part()
+
+    for _ in range(3):
+        step()
+    alone: dict[str, list[float]] = {name: [] for name in parts}
+    host: dict[str, list[float]] = {name: [] for name in parts}
+    wait(device)
+    began = time.perf_counter()
+    for _ in range(options.steps):
+        step()
+    wait(device)
+    whole = (time.perf_counter() - began) / options.steps
+    for _ in range(options.steps):
+        for name, part in parts.items():
+            alone[name].append(seconds(part, device, waiting=True))
+    for _ in range(options.steps):
+        wait(device)
+        for name, part in parts.items():
+            host[name].append(seconds(part, device, waiting=False))
+    print("| part | alone, ms | host, ms |\n|---|---|---|")
+    for name in parts:
+        print(f"| {name} | {1000 * statistics.median(alone[name]):.2f} | {1000 * statistics.median(host[name]):.2f} |")
+    totals = (sum(statistics.median(times) for times in which.values()) for which in (alone, host))
+    print("| sum |", " | ".join(f"{1000 * total:.2f}" for total in totals), "|")
+
+    options.compile = False  # a compiled model's operations are not seen
+    with FlopCounterMode(display=False) as counter:
+        for part in parts_of(options, device).values():
+            part()
+    used = counter.get_total_flops() / whole
+    best = flops_at_best(device, 8192 if device.is_gpu else 1024)
+    print(f"a step {1000 * whole:.2f} ms, {options.batch_size / whole:.0f} images/s,", end=" ")
+    print(f"{used / 1e12:.2f} of {best / 1e12:.2f} TFLOP/s: {used / best:.0%}")
+    if options.profile:
+        with torch.profiler.profile() as profile:
+            for _ in range(5):
+                step()
+            wait(device)
+        by = "self_cuda_time_total" if device.is_gpu else "self_cpu_time_total"
+        print(profile.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60))
+
+
+if __name__ == "__main__":
+    main()
