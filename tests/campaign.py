@@ -518,14 +518,14 @@ def campaign(root: Path, short: bool, seed: int, jobs: int) -> Table:
     trials = []
     kills = 2 if short else 4  # of a run
     for number, script in enumerate(both):  # of the slower ones the short form has one for the generator alone
-        for _ in much(20, 1):
+        for _ in much(32, 1):
             trials.append(
                 (
                     "kills, python",
                     partial(until_struck, killed_under_python, script, data, root, seed=next(seeds), kills=kills),
                 )
             )
-        for _ in much(16, number):
+        for _ in much(28, number):
             trials.append(
                 (
                     "kills, on the stand-in",

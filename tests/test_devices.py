@@ -15,14 +15,15 @@ def test_a_device_that_is_not_there_is_one_line():
             devices.choose(name, mixed_precision=True)
 
 
-@pytest.mark.parametrize("has_bf16", [False, True])
+@pytest.mark.parametrize("instructions", [{}, {"avx512_f": True}, {"amx_bf16": True}, {"avx512_bf16": True}])
 @pytest.mark.parametrize("mixed_precision", [False, True])
 def test_a_cpu_computes_in_bf16_where_that_is_faster_and_in_single_precision_elsewhere(
-    has_bf16, mixed_precision, monkeypatch
+    instructions, mixed_precision, monkeypatch
 ):
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": has_bf16})
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: instructions)
     device = devices.choose("cpu", mixed_precision)
     with device.autocast:
+        has_bf16 = "amx_bf16" in instructions or "avx512_bf16" in instructions
         expected = torch.bfloat16 if has_bf16 and mixed_precision else torch.float32
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected
         assert (torch.ones(2, 2).double() @ torch.ones(2, 2).double()).dtype == torch.float64

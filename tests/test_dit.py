@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tinycats.models import dit
 from tinycats.models.dit import Block, TinyDiT, patchify, unpatchify
 
 
@@ -37,6 +38,21 @@ def test_at_first_a_block_is_the_identity_and_the_output_zero():
     assert torch.equal(block(tokens, torch.randn(2, 32)), tokens)
     model = small()
     assert not model(torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1])).any()
+
+
+def test_on_a_cpu_that_computes_in_bf16_attention_is_in_single_precision(monkeypatch):
+    """Seen to fail without `torch.autocast("cpu", enabled=False)`: autocast makes bf16 of what `.float()` made."""
+    seen = []
+
+    def attend(*arguments):
+        mixed = torch.nn.functional.scaled_dot_product_attention(*arguments)
+        seen.append(mixed.dtype)
+        return mixed
+
+    monkeypatch.setattr(dit, "scaled_dot_product_attention", attend)
+    with torch.autocast("cpu", torch.bfloat16):
+        small(depth=1)(torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1]))
+    assert seen == [torch.float32]
 
 
 def test_positions_matter():

@@ -92,9 +92,11 @@ class Block(nn.Module):
         batch, count, dim = tokens.shape
         query, key, value = self.qkv(tokens).reshape(batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if query.device.type == "cpu" and query.dtype == torch.bfloat16:
-            # A CPU's gradient of attention takes ten times as long in bf16 (torch 2.14).
-            query, key, value = query.float(), key.float(), value.float()
-        mixed = scaled_dot_product_attention(query, key, value)
+            # A CPU's gradient of attention takes ten times as long in bf16 (torch 2.14), which autocast would choose.
+            with torch.autocast("cpu", enabled=False):
+                mixed = scaled_dot_product_attention(query.float(), key.float(), value.float())
+        else:
+            mixed = scaled_dot_product_attention(query, key, value)
         return self.projection(mixed.transpose(1, 2).reshape(batch, count, dim))
 
 

@@ -104,7 +104,8 @@ class TrainingParser(Parser):
             "--mixed-precision",
             action=argparse.BooleanOptionalAction,
             default=True,
-            help="bf16, or fp16 with loss scaling, on a GPU, and bf16 on a CPU with AMX; other CPUs compute in float32",
+            help="bf16, or fp16 with loss scaling, on a GPU; bf16 on a CPU that multiplies it (AMX, AVX-512 BF16); "
+            "other CPUs compute in float32",
         )
 
     def complete(self, options: Options, on_modal: bool) -> None:

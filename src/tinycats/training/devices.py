@@ -12,6 +12,9 @@ from tinycats.training.processes import here
 
 log = logging.getLogger(__name__)
 
+# With which CPUs multiply bf16: Intel's since Sapphire Rapids, and AMD's since Zen 4.
+BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16")
+
 
 @dataclass(frozen=True)
 class Device:
@@ -62,8 +65,8 @@ def choose(name: str, mixed_precision: bool, *, expects_gpu: bool = False) -> De
     """The device to train on, as of `find`. Says what it chose.
 
     Mixed precision (Micikevicius et al., arXiv 1710.03740) is bf16 where the GPU computes in it, and fp16 with
-    a scaled loss where it does not (T4). A CPU that multiplies matrices of bf16 (AMX) does so too; others, and
-    Apple's GPUs, compute in float32.
+    a scaled loss where it does not (T4). A CPU that multiplies bf16 does so too; others, and Apple's GPUs, compute in
+    float32.
 
     Raises:
         UserError: there is no such device here.
@@ -78,7 +81,8 @@ def choose(name: str, mixed_precision: bool, *, expects_gpu: bool = False) -> De
     if on_gpu:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has_bf16 = device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16", False)
+        instructions = torch.cpu.get_capabilities()
+        has_bf16 = device.type == "cpu" and any(instructions.get(name) for name in BF16_INSTRUCTIONS)
     mixed = mixed_precision and (on_gpu or has_bf16)
     dtype = torch.bfloat16 if has_bf16 else torch.float16
     torch.backends.cudnn.benchmark = True
