@@ -58,6 +58,7 @@ def test_what_cannot_be_kept_is_a_line_and_not_the_end_of_the_run(model, tmp_pat
     assert "What was compiled is not kept: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_where_compiling_fails_the_run_goes_on_without_and_says_so(model, capsys, monkeypatch):
     log_to_stdout()
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/no/such/compiler"))

@@ -206,6 +206,7 @@ def test_stopped_in_evaluation_it_evaluates_that_epoch_when_it_goes_on(undisturb
     assert_same_results(undisturbed, tmp_path / "outputs" / "runs" / "r")
 
 
+@pytest.mark.slow
 def test_with_muon_too_it_goes_on_to_the_same_end(small_toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = (small_toy, *SMALL, "--optimizer", "muon", "--epochs", 2)
