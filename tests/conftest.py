@@ -41,12 +41,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slow tests first: none of them is left over for one process when the others have finished. Before them one
     for which `smoke` is trained: the others that look at it, a few minutes later, need not wait. That takes half a
     minute, so whatever looks at it is slow."""
-    for item in items:
-        if "smoke" in item.fixturenames:
-            item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    first = next((item for item in items if "smoke" in item.fixturenames), None)
-    items.sort(key=lambda item: item is not first)
+    need_smoke = [item for item in items if "smoke" in item.fixturenames]
+    for item in need_smoke:
+        item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: (item not in need_smoke[:1], item.get_closest_marker("slow") is None))
 
 
 @pytest.fixture(scope="session")

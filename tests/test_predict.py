@@ -15,8 +15,6 @@ from tinycats import classifier
 from tinycats.script.command_line import run_on_this_machine
 from tinycats.script.signals import StopSignals
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def trained(smoke, tmp_path, monkeypatch) -> Path:

@@ -67,7 +67,6 @@ def only_run(outputs: Path) -> Path:
     return run
 
 
-@pytest.mark.slow
 def test_a_classifiers_report_says_what_was_done_and_what_is_taken_for_what(smoke):
     run = only_run(smoke / "outputs")
     text = (run / "report.html").read_text()

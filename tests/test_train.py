@@ -57,7 +57,6 @@ def undisturbed(small_toy, shared_folder) -> Path:
 # --- it works ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_it_learns_the_toy_cats(smoke):
     """The command of `make smoke`."""
     accuracy = float(re.search(r"Done\. Validation accuracy ([0-9.]+)", (smoke / "stdout.txt").read_text())[1])
