@@ -16,7 +16,8 @@ no less than the bound (the product's, if none is named; 1 leaves it the error o
 what is predicted, not the image. Narrow, late, uniform: other timesteps to train at than the product's; a tenth
 uniform: one timestep in ten is uniform. Usual: the position embedding of the DiT paper, AdamW's usual memory
 of squared gradients. AdamW: for all weights, instead of Muon for the blocks' matrices. Patches: each is drawn by its
-token alone, no convolution across their borders. Diffusers: DiTTransformer2DModel of the same shape in a plain loop,
+token alone, no convolution across their borders. Seen by patches: tokens do not overlap where they are made. Not
+normalised: queries and keys. Before both: neither. Diffusers: DiTTransformer2DModel of the same shape in a plain loop,
 which predicts the velocity at uniform timesteps and is moved by AdamW (pip install diffusers; it is in no list of ours,
 and no test runs it). Sees noise: what is predicted is mixed with the noisy image, the more of it the less noise it has.
 """
@@ -69,6 +70,31 @@ def drawn_by_patches(model: TinyDiT) -> TinyDiT:
             return unpatchify(self.linear(modulate(self.norm(tokens), shift, scale)), model.patch_size)
 
     model.final_layer = Patches()
+    return model
+
+
+def seen_by_patches(model: TinyDiT) -> TinyDiT:
+    """The same model, whose tokens are made of their own patches alone, as in the DiT paper."""
+
+    class Alone(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            dim, side = model.position.shape[1], model.patch_size
+            self.patches = torch.nn.Conv2d(3, dim, side, stride=side)
+            torch.nn.init.xavier_uniform_(self.patches.weight.flatten(1))
+            torch.nn.init.zeros_(self.patches.bias)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.patches(images).flatten(2).mT
+
+    model.x_embedder = Alone()
+    return model
+
+
+def not_normalised(model: TinyDiT) -> TinyDiT:
+    """The same model, whose queries and keys are as long as they are."""
+    for block in model.blocks:
+        block.query_norm = block.key_norm = torch.nn.Identity()
     return model
 
 
@@ -155,6 +181,9 @@ VARIANTS: dict[str, dict] = {
     "chosen": {},
     "adamw": {"muon": False},
     "patches": {"wrap": drawn_by_patches},
+    "seen by patches": {"wrap": seen_by_patches},
+    "not normalised": {"wrap": not_normalised},
+    "before both": {"wrap": lambda model: seen_by_patches(not_normalised(model))},
     "patches, adamw": {"wrap": drawn_by_patches, "muon": False},
     "diffusers": {
         "wrap": OfDiffusers,

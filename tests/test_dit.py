@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention, unfold
 
 from tinycats.models import dit
-from tinycats.models.dit import Block, TinyDiT, patchify, unpatchify
+from tinycats.models.dit import Block, PatchEmbedder, TinyDiT, unpatchify
 
 
 def small(**options) -> TinyDiT:
@@ -22,14 +23,33 @@ def awake(model: TinyDiT) -> TinyDiT:
     return model.eval()
 
 
+def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """What `unpatchify` is the inverse of."""
+    return unfold(images, patch_size, stride=patch_size).mT
+
+
 def test_unpatchify_is_the_inverse_of_patchify():
     images = torch.randn(2, 3, 24, 24)
     assert torch.equal(unpatchify(patchify(images, 8), 8), images)
     assert torch.equal(patchify(images, 8)[:, 1], images[:, :, :8, 8:16].reshape(2, -1)), "row by row"
 
 
-def test_the_default_has_about_34_million_parameters():
-    assert sum(parameter.numel() for parameter in TinyDiT(13).parameters()) == pytest.approx(34e6, rel=0.03)
+@pytest.mark.parametrize("patch_size", [1, 3, 4])
+def test_a_token_is_made_of_its_patch_and_the_halves_around_it(patch_size):
+    images = torch.randn(1, 3, 5 * patch_size, 5 * patch_size, requires_grad=True)
+    tokens = PatchEmbedder(patch_size, 8)(images)
+    assert tokens.shape == (1, 25, 8)
+    tokens[0, 12].sum().backward()  # the middle one, in the third row and column
+    seen, around = images.grad[0].abs().sum(0) > 0, patch_size // 2
+    expected = torch.zeros_like(seen)
+    expected[2 * patch_size - around : 3 * patch_size + around, 2 * patch_size - around : 3 * patch_size + around] = (
+        True
+    )
+    assert torch.equal(seen, expected)
+
+
+def test_the_default_has_about_35_million_parameters():
+    assert sum(parameter.numel() for parameter in TinyDiT(13).parameters()) == pytest.approx(35e6, rel=0.03)
 
 
 def test_at_first_a_block_is_the_identity_and_the_output_zero():
@@ -40,30 +60,60 @@ def test_at_first_a_block_is_the_identity_and_the_output_zero():
     assert not model(torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1])).any()
 
 
-def test_on_a_cpu_that_computes_in_bf16_attention_is_in_single_precision(monkeypatch):
+def test_on_a_cpu_attention_in_bf16_is_attention():
+    """Of few tokens, whose weights it writes out, and of many, which it asks torch for in single precision."""
+    query, key, value = torch.randn(3, 2, 4, 16, 8).bfloat16()
+    expected = scaled_dot_product_attention(query.float(), key.float(), value.float())
+    assert (dit._attention_in_bf16(query, key, value) - expected).abs().max() < 0.05
+
+
+def test_on_a_cpu_that_computes_in_bf16_attention_among_many_is_in_single_precision(monkeypatch):
     """Seen to fail without `torch.autocast("cpu", enabled=False)`: autocast makes bf16 of what `.float()` made."""
     seen = []
 
     def attend(*arguments):
-        mixed = torch.nn.functional.scaled_dot_product_attention(*arguments)
+        mixed = scaled_dot_product_attention(*arguments)
         seen.append(mixed.dtype)
         return mixed
 
     monkeypatch.setattr(dit, "scaled_dot_product_attention", attend)
+    monkeypatch.setattr(dit, "FEW_TOKENS", 0)
     with torch.autocast("cpu", torch.bfloat16):
         small(depth=1)(torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1]))
     assert seen == [torch.float32]
 
 
+def test_how_long_queries_and_keys_are_does_not_matter():
+    """Seen to fail with `qk_norm=False`."""
+    block, tokens = Block(32, 2), torch.randn(1, 16, 32)
+    expected = block.attention(tokens)
+    with torch.no_grad():
+        block.qkv.weight[:64] *= 7  # of queries and keys
+        block.qkv.bias[:64] *= 7
+    assert torch.allclose(block.attention(tokens), expected, atol=1e-5)
+
+
 def test_positions_matter():
     """Past failure 9: it had no position embedding. Seen to fail without `+ self.position`."""
     model = awake(small())
+    with torch.no_grad():
+        edge = torch.ones(8, 8, dtype=torch.bool)
+        edge[2:6, 2:6] = False
+        model.x_embedder.weight[:, :, edge] = 0  # what a patch sees of its neighbours tells where it is, too
+        for convolution in (model.final_layer.smoothing, model.final_layer.to_rgb):
+            convolution.weight[:, :, [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0  # and so do these
     patches = patchify(torch.randn(1, 3, 16, 16), 4)
     order = torch.randperm(16)
     arguments = torch.tensor([0.5]), torch.tensor([1])
-    straight = patchify(model(unpatchify(patches, 4), *arguments), 4)
-    shuffled = patchify(model(unpatchify(patches[:, order], 4), *arguments), 4)
-    assert not torch.allclose(shuffled, straight[:, order], atol=1e-3)
+
+    def is_shuffled_alike() -> bool:
+        straight = patchify(model(unpatchify(patches, 4), *arguments), 4)
+        shuffled = patchify(model(unpatchify(patches[:, order], 4), *arguments), 4)
+        return torch.allclose(shuffled, straight[:, order], atol=1e-3)
+
+    assert not is_shuffled_alike()
+    model.position.zero_()
+    assert is_shuffled_alike()
 
 
 def test_time_and_class_matter():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.functional import unfold
 
 from conftest import UNTRAINED, untrained_generator
 from tinycats import generator
@@ -64,6 +65,22 @@ def test_a_file_from_before_crops_were_told_samples_the_same(exported):
         del weights["crop_embedder"]
     checkpoints.save(exported, contents)
     assert torch.equal(generator.load(exported).sample(["tabby"], steps=5), expected)
+
+
+def test_a_file_from_before_patches_overlapped_and_queries_were_normalised_is_the_model_that_it_was(exported):
+    contents = checkpoints.load(exported)
+    patch_size = contents["shape"]["patch_size"]
+    old = torch.randn(contents["shape"]["dim"], 3 * patch_size**2)
+    for name in ("state_dict", "guide"):
+        weights = {key: weight for key, weight in contents[name].items() if "_norm.weight" not in key}
+        contents[name] = weights | {"x_embedder.weight": old.to(weights["x_embedder.weight"].dtype)}
+    checkpoints.save(exported, contents)
+    loaded = generator.load(exported)
+    images = torch.randn(2, 3, 16, 16)
+    expected = unfold(images, patch_size, stride=patch_size).mT @ old.T + loaded.model.x_embedder.bias
+    assert torch.allclose(loaded.model.x_embedder(images), expected, atol=1e-4)
+    assert isinstance(loaded.model.blocks[0].query_norm, torch.nn.Identity)
+    assert loaded.sample(["tabby"], steps=5).shape == (1, 3, 16, 16)
 
 
 def test_torch_reads_the_file_with_weights_only(exported):

@@ -1,6 +1,7 @@
 """The cat generator: TinyDiT's images, its grids of samples, its file."""
 
 import io
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.functional import pad
 
 from tinycats.images.augmentation import BatchRng, mirror_half
 from tinycats.images.batches import SAMPLING, seed_for
+from tinycats.models.crops import NUMBERS
 from tinycats.models.dit import TinyDiT
 from tinycats.models.flow_matching import sample
 from tinycats.run import checkpoints
@@ -192,6 +195,19 @@ def export(
     checkpoints.save_model(path, contents)
 
 
+def _as_today(state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """The weights of a model, or of one of before: it was not told of crops, had no guide, and saw each patch by
+    itself, where today's sees what is around it, too."""
+    if not state_dict:
+        return {}
+    weight = state_dict["x_embedder.weight"]
+    if weight.ndim == 2:
+        patches = weight.view(len(weight), 3, math.isqrt(weight.shape[1] // 3), -1)
+        weight = pad(patches, [patches.shape[-1] // 2] * 4)
+    untold = {"crop_embedder": weight.new_zeros(NUMBERS, len(weight))}
+    return untold | state_dict | {"x_embedder.weight": weight}
+
+
 def load(path: Path | str) -> Generator:
     """Read a finished generator (`tiny_dit.pt`), ready to sample on the CPU.
 
@@ -201,17 +217,15 @@ def load(path: Path | str) -> Generator:
     contents = checkpoints.load(Path(path))
     if contents.get("model") != "tiny_dit":
         raise UserError(f"{path} is not a finished generator")
-    model, guide = (
-        TinyDiT(len(contents["classes"]), **contents["shape"]).eval().requires_grad_(False) for _ in range(2)
-    )
-    untold = {"crop_embedder": torch.zeros_like(model.crop_embedder)}  # models of before were not told of crops
-    model.load_state_dict(untold | contents["state_dict"])
-    weights = contents.get("guide")  # which models of before had not
-    if weights:
-        guide.load_state_dict(untold | weights)
+    weights, of_guide = (_as_today(contents.get(name)) for name in ("state_dict", "guide"))
+    shape = contents["shape"] | {"qk_norm": "blocks.0.query_norm.weight" in weights}
+    model, guide = (TinyDiT(len(contents["classes"]), **shape).eval().requires_grad_(False) for _ in range(2))
+    model.load_state_dict(weights)
+    if of_guide:
+        guide.load_state_dict(of_guide)
     return Generator(
         model,
-        guide if weights else None,
+        guide if of_guide else None,
         tuple(contents["classes"]),
         contents["guidance_scale"],
         contents["metrics"],
