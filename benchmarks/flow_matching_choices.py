@@ -75,19 +75,11 @@ def drawn_by_patches(model: TinyDiT) -> TinyDiT:
 
 def seen_by_patches(model: TinyDiT) -> TinyDiT:
     """The same model, whose tokens are made of their own patches alone, as in the DiT paper."""
-
-    class Alone(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            dim, side = model.position.shape[1], model.patch_size
-            self.patches = torch.nn.Conv2d(3, dim, side, stride=side)
-            torch.nn.init.xavier_uniform_(self.patches.weight.flatten(1))
-            torch.nn.init.zeros_(self.patches.bias)
-
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
-            return self.patches(images).flatten(2).mT
-
-    model.x_embedder = Alone()
+    embedder, side = model.x_embedder, model.patch_size
+    own = slice(side // 2, side // 2 + side)
+    embedder.weight = torch.nn.Parameter(embedder.weight.detach()[:, :, own, own].contiguous())
+    embedder.padding = (0, 0)
+    torch.nn.init.xavier_uniform_(embedder.weight.flatten(1))
     return model
 
 

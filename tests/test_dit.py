@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention, unfold
+from torch.nn.functional import pad, scaled_dot_product_attention, unfold
 
 from tinycats.models import dit
 from tinycats.models.dit import Block, PatchEmbedder, TinyDiT, unpatchify
@@ -42,9 +42,8 @@ def test_a_token_is_made_of_its_patch_and_the_halves_around_it(patch_size):
     tokens[0, 12].sum().backward()  # the middle one, in the third row and column
     seen, around = images.grad[0].abs().sum(0) > 0, patch_size // 2
     expected = torch.zeros_like(seen)
-    expected[2 * patch_size - around : 3 * patch_size + around, 2 * patch_size - around : 3 * patch_size + around] = (
-        True
-    )
+    window = slice(2 * patch_size - around, 3 * patch_size + around)
+    expected[window, window] = True
     assert torch.equal(seen, expected)
 
 
@@ -60,8 +59,10 @@ def test_at_first_a_block_is_the_identity_and_the_output_zero():
     assert not model(torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 1])).any()
 
 
-def test_on_a_cpu_attention_in_bf16_is_attention():
+@pytest.mark.parametrize("few", [dit.FEW_TOKENS, 0])
+def test_on_a_cpu_attention_in_bf16_is_attention(monkeypatch, few):
     """Of few tokens, whose weights it writes out, and of many, which it asks torch for in single precision."""
+    monkeypatch.setattr(dit, "FEW_TOKENS", few)
     query, key, value = torch.randn(3, 2, 4, 16, 8).bfloat16()
     expected = scaled_dot_product_attention(query.float(), key.float(), value.float())
     assert (dit._attention_in_bf16(query, key, value) - expected).abs().max() < 0.05
@@ -97,11 +98,14 @@ def test_positions_matter():
     """Past failure 9: it had no position embedding. Seen to fail without `+ self.position`."""
     model = awake(small())
     with torch.no_grad():
-        edge = torch.ones(8, 8, dtype=torch.bool)
-        edge[2:6, 2:6] = False
-        model.x_embedder.weight[:, :, edge] = 0  # what a patch sees of its neighbours tells where it is, too
-        for convolution in (model.final_layer.smoothing, model.final_layer.to_rgb):
-            convolution.weight[:, :, [0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 2, 0, 2, 0, 1, 2]] = 0  # and so do these
+        # What a patch sees or draws of its neighbours tells where it is, too: here it has none.
+        for convolution, side in (
+            (model.x_embedder, 4),
+            (model.final_layer.smoothing, 1),
+            (model.final_layer.to_rgb, 1),
+        ):
+            around = (convolution.kernel_size[0] - side) // 2
+            convolution.weight *= pad(torch.ones(side, side), [around] * 4)
     patches = patchify(torch.randn(1, 3, 16, 16), 4)
     order = torch.randperm(16)
     arguments = torch.tensor([0.5]), torch.tensor([1])

@@ -66,6 +66,8 @@ class PatchEmbedder(nn.Conv2d):
     halves of its neighbours that lie next to it show, so that patches overlap. Beyond the image there is zero.
     """
 
+    bias: torch.Tensor
+
     def __init__(self, patch_size: int, dim: int):
         around = patch_size // 2
         super().__init__(3, dim, patch_size + 2 * around, stride=patch_size, padding=around)
@@ -104,7 +106,7 @@ class Block(nn.Module):
         query, key = self.query_norm(query), self.key_norm(key)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # [B, heads, N, dim / heads]
         if value.device.type == "cpu" and value.dtype == torch.bfloat16:
-            # What follows `else` takes up to ten times as long there (torch 2.14), most of it for its gradient.
+            # torch's takes up to ten times as long there (2.14), most of it for its gradient.
             mixed = _attention_in_bf16(query, key, value)
         else:
             mixed = scaled_dot_product_attention(query, key, value)
@@ -187,11 +189,8 @@ class TinyDiT(nn.Module):
         would make a block differ from the identity, or the output from zero, before anything is learned."""
         for module in self.modules():
             if isinstance(module, nn.Linear | PatchEmbedder):
-                for parameter in module.parameters():
-                    if parameter.ndim >= 2:
-                        nn.init.xavier_uniform_(parameter.flatten(1))
-                    else:
-                        nn.init.zeros_(parameter)
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                nn.init.zeros_(module.bias)
         nn.init.normal_(self.y_embedder.weight, std=0.02)
         for parameter in self.t_embedder.mlp.parameters():
             if parameter.ndim == 2:
