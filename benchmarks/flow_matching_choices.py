@@ -17,9 +17,10 @@ what is predicted, not the image. Narrow, late, uniform: other timesteps to trai
 uniform: one timestep in ten is uniform. Usual: the position embedding of the DiT paper, AdamW's usual memory
 of squared gradients. AdamW: for all weights, instead of Muon for the blocks' matrices. Patches: each is drawn by its
 token alone, no convolution across their borders. Seen by patches: tokens do not overlap where they are made. Not
-normalised: queries and keys. Before both: neither. Diffusers: DiTTransformer2DModel of the same shape in a plain loop,
-which predicts the velocity at uniform timesteps and is moved by AdamW (pip install diffusers; it is in no list of ours,
-and no test runs it). Sees noise: what is predicted is mixed with the noisy image, the more of it the less noise it has.
+normalised: queries and keys. Before both: neither. Paired noise: of its batch's noise an image gets what it is like
+(arXiv 2304.14772). Diffusers: DiTTransformer2DModel of the same shape in a plain loop, which predicts the velocity at
+uniform timesteps and is moved by AdamW (pip install diffusers; it is in no list of ours, and no test runs it). Sees
+noise: what is predicted is mixed with the noisy image, the more of it the less noise it has.
 """
 
 import argparse
@@ -45,7 +46,7 @@ from tinycats.images.datasets import open_dataset
 from tinycats.images.packed_images import PackedImages
 from tinycats.models import flow_matching
 from tinycats.models.dit import TinyDiT, modulate, sinusoids, unpatchify
-from tinycats.models.ema import ema_model
+from tinycats.models.ema import EarlierEMA, ema_model
 from tinycats.models.sliced_wasserstein import pyramid_distances
 from tinycats.training import devices
 from tinycats.training.optimization import Muon, adamw, warmup_cosine, warmup_stable_decay
@@ -164,6 +165,17 @@ LATE = functools.partial(flow_matching.sample_timesteps, mean=-0.4)
 NARROW = functools.partial(flow_matching.sample_timesteps, std=0.8)
 
 
+def pairing(noise: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """int64 [B]: of a batch, which noise each image gets: those that are most alike find each other first."""
+    likeness = noise.flatten(1) @ images.flatten(1).T
+    chosen = torch.empty(len(images), dtype=torch.int64)
+    for _ in images:
+        one, other = divmod(int(likeness.argmax()), len(images))
+        chosen[other] = one
+        likeness[one] = likeness[:, other] = -torch.inf
+    return chosen
+
+
 def warmup_constant(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
     """As the others, but it stays up."""
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1, warmup_steps)))
@@ -184,6 +196,7 @@ VARIANTS: dict[str, dict] = {
         "schedule": warmup_constant,
         "beta2": 0.999,
     },
+    "paired noise": {"paired": True},
     "sees noise": {"wrap": SeesNoise},
     "velocity": {"wrap": PredictsVelocity},
     "constant rate": {"schedule": warmup_constant},
@@ -226,11 +239,12 @@ def train(
     bound: float = flow_matching.MIN_TIME_LEFT,
     beta2: float = generator.BETA2,
     muon: bool = True,
-) -> tuple[torch.nn.Module, int]:
-    """The EMA of a model trained on the images, as if they were of one class, and the steps that it took."""
+    paired: bool = False,
+) -> tuple[torch.nn.Module, torch.nn.Module | None, int]:
+    """The EMA of a model trained on the images, as if they were of one class, its guide, and the steps that it took."""
     torch.manual_seed(options.seed)
     model = wrap(TinyDiT(1, options.image_size, options.patch_size, options.dim, options.depth, options.heads))
-    ema = ema_model(model, options.ema_beta)
+    ema, earlier = ema_model(model, options.ema_beta), EarlierEMA()
     device = devices.choose("cpu", mixed_precision=True)
     optimizer = adamw(model, options.lr, 0.0, beta2)
     if muon:
@@ -240,23 +254,27 @@ def train(
     rate = schedule(optimizer, length // 10, length)
     batches = TrainingBatches(images, options.batch_size, generator.training_transform, options.seed)
     steps, began = 0, time.perf_counter()
-    for images, labels in load_batches(batches, itertools.count(), 0, pin_memory=False):
+    for images, _labels in load_batches(batches, itertools.count(), 0, pin_memory=False):
         targets = generator.to_unit(images)
         noise, now = torch.randn_like(targets), timesteps(len(targets), torch.default_generator)
+        classes = torch.zeros(len(targets), dtype=torch.int64)
+        if paired:
+            noise = noise[pairing(noise, targets)]
         with device.autocast:
-            loss = flow_matching.flow_matching_loss(model, noise, targets, now, 0 * labels, min_time_left=bound)
+            loss = flow_matching.flow_matching_loss(model, noise, targets, now, classes, min_time_left=bound)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         ema.update_parameters(model)
         steps += 1
+        earlier.update(ema, steps)
         passed = length * (time.perf_counter() - began) / options.seconds if options.seconds else steps
         if passed >= length:
             break
         while rate.last_epoch < int(passed):
             rate.step()
-    return ema, steps
+    return ema, earlier.model(ema.module), steps
 
 
 def main() -> None:
@@ -274,6 +292,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--ema-beta", type=float, default=0.999)
+    parser.add_argument("--cfg-scale", type=float, default=1.0, help="1.5 is the product's")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/choices"))
     options = parser.parse_args()
@@ -288,15 +307,12 @@ def main() -> None:
     seen = features(real, network)
     for name in options.variants:
         began = time.perf_counter()
-        model, steps = train(images, options, **VARIANTS[name])
+        model, guide, steps = train(images, options, **VARIANTS[name])
         seconds = time.perf_counter() - began
+        how = {"guidance_scale": options.cfg_scale if guide else 1.0, "guide": guide}
+        parts = ((part, torch.zeros(len(part), dtype=torch.int64)) for part in noise.split(64))
         with device.autocast:
-            samples = torch.cat(
-                [
-                    flow_matching.sample(model, part, torch.zeros(len(part), dtype=torch.int64), 1)
-                    for part in noise.split(64)
-                ]
-            ).clamp(-1, 1)
+            samples = torch.cat([flow_matching.sample(model, *part, 0, **how) for part in parts]).clamp(-1, 1)
             error = velocity_error(model, real)
         words = f"contrast {samples.std() / real.std():.2f}  "
         words += f"distance {distances_in_words(pyramid_distances(samples, real))}"

@@ -43,7 +43,7 @@ def main() -> None:
         errors = []
         for rate in options.rates:
             settings = {"dim": width, "heads": width // HEAD, "lr": rate, "seconds": None, "ema_beta": 0.98}
-            model, _ = train(images, argparse.Namespace(**vars(options) | settings))
+            model, *_ = train(images, argparse.Namespace(**vars(options) | settings))
             errors.append(f"{velocity_error(model, real):.4f}")
         print(f"| {width} | {' | '.join(errors)} |", flush=True)
 
