@@ -254,14 +254,13 @@ def train(
     rate = schedule(optimizer, length // 10, length)
     batches = TrainingBatches(images, options.batch_size, generator.training_transform, options.seed)
     steps, began = 0, time.perf_counter()
-    for images, _labels in load_batches(batches, itertools.count(), 0, pin_memory=False):
+    for images, labels in load_batches(batches, itertools.count(), 0, pin_memory=False):
         targets = generator.to_unit(images)
         noise, now = torch.randn_like(targets), timesteps(len(targets), torch.default_generator)
-        classes = torch.zeros(len(targets), dtype=torch.int64)
         if paired:
             noise = noise[pairing(noise, targets)]
         with device.autocast:
-            loss = flow_matching.flow_matching_loss(model, noise, targets, now, classes, min_time_left=bound)
+            loss = flow_matching.flow_matching_loss(model, noise, targets, now, 0 * labels, min_time_left=bound)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -292,7 +291,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--ema-beta", type=float, default=0.999)
-    parser.add_argument("--cfg-scale", type=float, default=1.0, help="1.5 is the product's")
+    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance; the product's is 1.5")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/choices"))
     options = parser.parse_args()
@@ -309,7 +308,7 @@ def main() -> None:
         began = time.perf_counter()
         model, guide, steps = train(images, options, **VARIANTS[name])
         seconds = time.perf_counter() - began
-        how = {"guidance_scale": options.cfg_scale if guide else 1.0, "guide": guide}
+        how = {"guidance_scale": options.cfg_scale, "guide": guide}
         parts = ((part, torch.zeros(len(part), dtype=torch.int64)) for part in noise.split(64))
         with device.autocast:
             samples = torch.cat([flow_matching.sample(model, *part, 0, **how) for part in parts]).clamp(-1, 1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from conftest import REPOSITORY, WARM_PYTHON
+from flow_matching_choices import pairing
 from pets_mirror import dataset_files
 from tinycats import generator
 from tinycats.images.toy_cats import draw_toy_cats
@@ -73,12 +74,20 @@ def few_images(shared_folder) -> Path:
 
 @pytest.mark.slow
 def test_the_choices_of_flow_matching_are_compared(few_images, tmp_path):
-    chosen = ("--variants", "chosen", "late, velocity", "patches, adamw", "sees noise")
+    chosen = ("--variants", "chosen", "late, velocity", "patches, adamw", "paired noise", "sees noise")
     rest = ("--seconds", 0.5, "--batch-size", 4, "--output", tmp_path)
     printed = benchmark("flow_matching_choices.py", few_images, *SHAPE_OPTIONS, *chosen, *rest)
     lines = [line.split()[0] for line in printed.splitlines() if not line.startswith("    at ")]
-    assert lines == ["real", "chosen", "late,", "patches,", "sees"]
-    assert {path.stem for path in tmp_path.iterdir()} == {"chosen", "late_velocity", "patches_adamw", "sees_noise"}
+    assert lines == ["real", "chosen", "late,", "patches,", "paired", "sees"]
+    written = {path.stem for path in tmp_path.iterdir()}
+    assert written == {"chosen", "late_velocity", "patches_adamw", "paired_noise", "sees_noise"}
+
+
+def test_noise_is_paired_with_the_image_that_it_is_like():
+    images, order = torch.randn(24, 3, 8, 8), torch.randperm(24)
+    images[1] = images[0] / 2  # both are most like the noise of the first
+    noise = images[order] + 0.1 * torch.randn(24, 3, 8, 8)
+    assert torch.equal(order[pairing(noise, images)], torch.arange(24))
 
 
 @pytest.mark.slow
