@@ -72,8 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--method", choices=("heun", "euler"), default="euler")
+    parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--cfg-scale", type=float, help="default: the model's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", type=Path, help="where to save a grid of samples")
@@ -92,7 +91,7 @@ def main() -> None:
     print(likeness_in_words(features(others, network), seen), flush=True)
 
     names = [images.classes[label] for label in labels]
-    samples = finished.sample(names, seed=options.seed, steps=options.steps, method=options.method, batch_size=64)
+    samples = finished.sample(names, seed=options.seed, steps=options.steps, batch_size=64)
     samples = generator.to_unit(samples)
     if options.picture:
         save_image((samples[:32] + 1) / 2, options.picture, nrow=8, padding=2, pad_value=1)

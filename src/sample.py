@@ -40,7 +40,7 @@ log = logging.getLogger("tinycats.sample")
 GRID = "grid.png"  # a row a class
 GRID_COLUMNS = 8  # at the most
 BATCH = 16  # images that are sampled at once, unless --batch-size says otherwise
-STEPS = 50  # of sampling
+STEPS = 25  # of sampling
 MAX_COUNT = 10_000  # images of a class
 
 
@@ -68,7 +68,7 @@ class SampleParser(Parser):
             type=number(at_least=0, at_most=100),
             help="how far guidance exaggerates the class: 1 not at all (default: as the model was trained for)",
         )
-        self.add_argument("--sample-steps", type=whole_number(2, 1000), default=STEPS, help="of Euler's method")
+        self.add_argument("--sample-steps", type=whole_number(2, 1000), default=STEPS, help="more are slower")
         self.add_argument("--batch-size", type=whole_number(1), default=BATCH, help="images that are sampled at once")
         self.add_argument(
             "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: a GPU, if any"

@@ -105,7 +105,7 @@ class GeneratorParser(TrainingParser):
             "--sample-steps",
             type=whole_number(1),
             metavar="STEPS",
-            help="of a grid: more are finer and slower (default: 50 on a GPU, 20 on a CPU)",
+            help="of a grid: more are slower (default: 25)",
         )
         sampling.add_argument(
             "--cfg-scale",
@@ -198,7 +198,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     from tinycats.models import crops
     from tinycats.models.dit import TinyDiT
     from tinycats.models.ema import EarlierEMA, ema_model
-    from tinycats.models.flow_matching import dropped_classes, flow_matching_loss, sample_timesteps
+    from tinycats.models.flow_matching import STEPS, dropped_classes, flow_matching_loss, sample_timesteps
     from tinycats.run.attempts import Part, attempt
     from tinycats.showing import report
     from tinycats.training.compilation import compile_if_possible
@@ -253,7 +253,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 require_sound(math.inf)
             return this.checkpoint_of(step, metrics, parts, best=best)
 
-        sample_steps = options.sample_steps or (50 if device.is_gpu else 20)
+        sample_steps = options.sample_steps or STEPS
 
         @torch.no_grad()
         def validation_loss() -> float:

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from tinycats.images.augmentation import BatchRng, mirror_half
 from tinycats.images.batches import SAMPLING, seed_for
 from tinycats.models.crops import NUMBERS
 from tinycats.models.dit import TinyDiT
-from tinycats.models.flow_matching import sample
+from tinycats.models.flow_matching import STEPS, sample
 from tinycats.run import checkpoints
 from tinycats.run.finished import require_classes
 from tinycats.script.errors import UserError
@@ -116,15 +116,14 @@ class Generator:
         numbers: Sequence[int] | None = None,
         guidance_scale: float | None = None,
         batch_size: int = 16,
-        steps: int = 50,
-        method: Literal["heun", "euler"] = "euler",
+        steps: int = STEPS,
     ) -> torch.Tensor:
         """uint8 [len(names), 3, S, S], on the CPU: an image of each named class.
 
         Args:
             numbers: of the noise that each image begins with, as of `starting_noise` (default: 0, 1, 2, …).
             guidance_scale: as of `sample`; None: as the model was trained to be sampled.
-            steps, method: as of `sample`.
+            steps: as of `sample`.
 
         Raises:
             UserError: there is no such class.
@@ -144,7 +143,6 @@ class Generator:
                 steps=steps,
                 guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
                 guide=self.guide,
-                method=method,
             )
             for part, some in zip(noise.split(batch_size), labels.split(batch_size), strict=True)
         ]

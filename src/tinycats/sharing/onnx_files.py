@@ -60,8 +60,9 @@ def of_classifier(finished: Classifier, facts: Mapping[str, Any]) -> bytes:
 
 
 def of_generator(finished: Generator, facts: Mapping[str, Any]) -> bytes:
-    """An ONNX file: what a step of Euler's method needs, the `velocity` of `points` at a `timestep` from 0 (noise) to 1
-    (images in [-1, 1]), of `classes`, with a `guidance_scale`. The last step begins at the metadata's `end`."""
+    """An ONNX file: what a step of sampling needs, the `velocity` of `points` at a `timestep` from 0 (noise) to 1
+    (images in [-1, 1]), of `classes`, with a `guidance_scale`. The metadata's `end` is that of
+    `flow_matching.step_timesteps`."""
     size = finished.model.image_size
     inputs = {
         "points": torch.zeros(2, 3, size, size),
