@@ -28,6 +28,7 @@ from tinycats.images import frames
 from tinycats.images.batches import TrainingBatches, ValidationBatches
 from tinycats.images.datasets import open_dataset
 from tinycats.images.packed_images import PackedImages
+from tinycats.models.flow_matching import STEPS
 from tinycats.models.sliced_wasserstein import pyramid_distances
 from tinycats.training import devices
 
@@ -72,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--cfg-scale", type=float, help="default: the model's own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--picture", type=Path, help="where to save a grid of samples")
