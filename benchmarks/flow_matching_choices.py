@@ -11,16 +11,17 @@ that of real images), which does not see their contrast: hence the deviation of 
 of the validation images' pixels. Then what a network trained on ImageNet sees in them (image_features.py), at their
 size, at half and at a quarter of it. `<output>/<variant>.png` shows 16 samples, from the same noise each.
 
-A bound: the error of the image is divided by the time that is left, which makes it that of the velocity, but by
-no less than the bound (the product's, if none is named; 1 leaves it the error of the image). Velocity: that is
-what is predicted, not the image. Narrow, late, uniform: other timesteps to train at than the product's; a tenth
-uniform: one timestep in ten is uniform. Usual: the position embedding of the DiT paper, AdamW's usual memory
-of squared gradients. AdamW: for all weights, instead of Muon for the blocks' matrices. Patches: each is drawn by its
-token alone, no convolution across their borders. Seen by patches: tokens do not overlap where they are made. Not
-normalised: queries and keys. Before both: neither. Paired noise: of its batch's noise an image gets what it is like
-(arXiv 2304.14772). Diffusers: DiTTransformer2DModel of the same shape in a plain loop, which predicts the velocity at
-uniform timesteps and is moved by AdamW (pip install diffusers; it is in no list of ours, and no test runs it). Sees
-noise: what is predicted is mixed with the noisy image, the more of it the less noise it has.
+A bound: the error of the image is divided by the time that is left, which makes it that of the velocity, but by no
+less than the bound (the product's, if none is named; 1 leaves it the error of the image). Velocity: that is what is
+predicted, not the image. Narrow, late, uniform: other timesteps to train at than the product's; a tenth uniform: one
+timestep in ten is uniform. Usual: the position embedding of the DiT paper, AdamW's usual memory of squared gradients.
+AdamW: for all weights, instead of Muon for the blocks' matrices. Patches: each is drawn by its token alone, no
+convolution across their borders. Seen by patches: tokens do not overlap where they are made. Not normalised: queries
+and keys. Before both: neither. Decay: weights are pulled towards zero, by 0.1. Paired noise: of its batch's noise an
+image gets what it is like (arXiv 2304.14772). Diffusers: DiTTransformer2DModel of the same shape in a plain loop,
+which predicts the velocity at uniform timesteps and is moved by AdamW (pip install diffusers; it is in no list of
+ours, and no test runs it). Sees noise: what is predicted is mixed with the noisy image, the more of it the less noise
+it has.
 """
 
 import argparse
@@ -196,6 +197,7 @@ VARIANTS: dict[str, dict] = {
         "schedule": warmup_constant,
         "beta2": 0.999,
     },
+    "decay": {"weight_decay": 0.1},
     "paired noise": {"paired": True},
     "sees noise": {"wrap": SeesNoise},
     "velocity": {"wrap": PredictsVelocity},
@@ -238,6 +240,7 @@ def train(
     schedule: Callable[..., LambdaLR] = warmup_stable_decay,
     bound: float = flow_matching.MIN_TIME_LEFT,
     beta2: float = generator.BETA2,
+    weight_decay: float = 0.0,
     muon: bool = True,
     paired: bool = False,
 ) -> tuple[torch.nn.Module, torch.nn.Module | None, int]:
@@ -246,9 +249,9 @@ def train(
     model = wrap(TinyDiT(1, options.image_size, options.patch_size, options.dim, options.depth, options.heads))
     ema, earlier = ema_model(model, options.ema_beta), EarlierEMA()
     device = devices.choose("cpu", mixed_precision=True)
-    optimizer = adamw(model, options.lr, 0.0, beta2)
+    optimizer = adamw(model, options.lr, weight_decay, beta2)
     if muon:
-        optimizer = Muon(model, model.matrices(), options.lr, 0.0, beta2, device.optimizer_dtype)
+        optimizer = Muon(model, model.matrices(), options.lr, weight_decay, beta2, device.optimizer_dtype)
     # The rate's way, in steps or in thousandths of the time.
     length = 1000 if options.seconds else options.steps
     rate = schedule(optimizer, length // 10, length)
