@@ -295,6 +295,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--ema-beta", type=float, default=0.999)
     parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance; the product's is 1.5")
+    parser.add_argument("--churn", type=float, default=flow_matching.CHURN, help="noise that sampling adds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/choices"))
     options = parser.parse_args()
@@ -304,17 +305,27 @@ def main() -> None:
     real, _ = validation_images(images)
     others = training_images(images)[: len(real)]
     print(f"{'real images':58} distance {distances_in_words(pyramid_distances(others, real))}", flush=True)
-    noise = generator.starting_noise(range(len(real)), options.image_size, seed=0)
     device, network = devices.choose("cpu", mixed_precision=True), ImageFeatures()
     seen = features(real, network)
     for name in options.variants:
         began = time.perf_counter()
         model, guide, steps = train(images, options, **VARIANTS[name])
         seconds = time.perf_counter() - began
-        how = {"guidance_scale": options.cfg_scale, "guide": guide}
-        parts = ((part, torch.zeros(len(part), dtype=torch.int64)) for part in noise.split(64))
+        how = {"guidance_scale": options.cfg_scale, "guide": guide, "churn": options.churn}
+        parts = [range(len(real))[first : first + 64] for first in range(0, len(real), 64)]
         with device.autocast:
-            samples = torch.cat([flow_matching.sample(model, *part, 0, **how) for part in parts]).clamp(-1, 1)
+            samples = torch.cat(
+                [
+                    flow_matching.sample(
+                        model,
+                        generator.noise_of(part, options.image_size, seed=0),
+                        torch.zeros(len(part), dtype=torch.int64),
+                        0,
+                        **how,
+                    )
+                    for part in parts
+                ]
+            ).clamp(-1, 1)
             error = velocity_error(model, real)
         words = f"contrast {samples.std() / real.std():.2f}  "
         words += f"distance {distances_in_words(pyramid_distances(samples, real))}"

@@ -1,5 +1,7 @@
 """torch.compile where it works, and one line where it does not."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -48,10 +50,22 @@ def test_a_compiled_model_computes_the_same_and_what_was_compiled_is_kept(model,
     assert len(read_whole(cache)) > 1000, "it is written again"
 
 
+@pytest.mark.slow
+def test_on_a_cpu_compiling_leaves_attention_in_bf16_as_it_is_written(model):
+    device = replace(devices.choose("cpu", mixed_precision=False), autocast=torch.autocast("cpu", torch.bfloat16))
+    assert compile_if_possible(model, device, 2, None)
+    with device.autocast, torch.profiler.profile() as profile:
+        predicted = model(torch.zeros(2, 3, 8, 8), torch.zeros(2), torch.tensor([0, 3]), torch.zeros(2, 3))
+        predicted.float().mean().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::bmm" in names
+    assert not [name for name in names if "scaled_dot_product" in name]
+
+
 def test_what_cannot_be_kept_is_a_line_and_not_the_end_of_the_run(model, tmp_path, capsys, monkeypatch):
     """A full disk, say. What is compiled and how is of no concern here."""
     log_to_stdout()
-    monkeypatch.setattr("torch.compile", lambda forward: forward)
+    monkeypatch.setattr("torch.compile", lambda forward, **_: forward)
     monkeypatch.setattr("torch.compiler.save_cache_artifacts", lambda: (b"compiled", None))
     (tmp_path / "volume").write_text("no folder")
     assert compile_if_possible(model, devices.choose("cpu", mixed_precision=False), 2, tmp_path / "volume" / "compiled")

@@ -73,17 +73,22 @@ def test_onnx_runtime_samples_the_generators_images(has_guide):
     lengths = np.minimum(np.arange(1, steps), steps / 2)
     end = min(json.loads(told["end"]), 1 - 1 / steps)
     timesteps = [0.0, *(end * lengths.cumsum() / lengths.sum()), 1.0]
-    points = before = generator.starting_noise(range(3), json.loads(told["shape"])["image_size"], seed=5).numpy()
+    noise = generator.noise_of(range(3), json.loads(told["shape"])["image_size"], seed=5)
+    points = before = next(noise).numpy()
     length = np.inf
     for now, later in itertools.pairwise(timesteps):
         inputs = {"points": points, "timestep": np.array(now, np.float32), "classes": classes, "guidance_scale": scale}
         image = points + np.float32(1 - now) * session.run(["velocity"], inputs)[0]
+        ahead, reached, added = image, later, 0.0
         if now > 0 and later < 1:
             length, last_length = np.log(later / (1 - later) / now * (1 - now)), length
             ahead = image + np.float32(length / last_length / 2) * (image - before)
-        else:
-            ahead = image
-        points, before = points + np.float32((later - now) / (1 - now)) * (ahead - points), image
+            if now < json.loads(told["churn_end"]):
+                reached = 1 / (1 + (1 - later) / later * np.exp(-json.loads(told["churn"]) * length))
+                added = ((1 - later) ** 2 - (later / reached * (1 - reached)) ** 2) ** 0.5
+        points, before = points + np.float32((reached - now) / (1 - now)) * (ahead - points), image
+        if added:
+            points = np.float32(later / reached) * points + np.float32(added) * next(noise).numpy()
     expected = generator.load("outputs/tiny_dit.pt").sample(names, seed=5, steps=steps)
     assert (generator.to_bytes(torch.from_numpy(points)).int() - expected.int()).abs().max() <= 1
 

@@ -1,13 +1,19 @@
 """Flow matching: the path, the loss, the guidance; and that what is learned lands on the data."""
 
+from collections.abc import Iterator
+from itertools import repeat
+
 import pytest
 import torch
 from torch import nn
 
 from tinycats.models.flow_matching import (
+    CHURN_END,
     dropped_classes,
     flow_matching_loss,
     implied_velocity,
+    noised_back,
+    overshoots,
     point_on_path,
     sample,
     sample_timesteps,
@@ -67,16 +73,19 @@ class ByClass(nn.Module):
 
 def test_guidance_of_one_is_none_zero_is_the_null_class_and_more_exaggerates():
     noise, classes = torch.randn(5, 2), torch.full((5,), 2)
-    samples = {scale: sample(ByClass(), noise, classes, 10, steps=20, guidance_scale=scale) for scale in (0, 1, 1.5)}
+    how = {"steps": 20, "churn": 0}
+    samples = {
+        scale: sample(ByClass(), repeat(noise), classes, 10, guidance_scale=scale, **how) for scale in (0, 1, 1.5)
+    }
     assert torch.allclose(samples[1], torch.full((5, 2), 2.0), atol=1e-4)
-    assert torch.allclose(samples[0], sample(ByClass(), noise, torch.full((5,), 10), 10, steps=20), atol=1e-4)
+    assert torch.allclose(samples[0], sample(ByClass(), repeat(noise), torch.full((5,), 10), 10, **how), atol=1e-4)
     assert torch.allclose(samples[1.5], torch.full((5, 2), 10 + 1.5 * (2 - 10)), atol=1e-3)
 
 
 def test_a_guide_is_what_guidance_leads_away_from_and_is_not_asked_for_the_class():
     noise, classes = torch.randn(5, 2), torch.full((5,), 2)
     guide = lambda points, timesteps, asked: ByClass()(points, timesteps, asked) / 2  # noqa: E731
-    led = sample(ByClass(), noise, classes, 10, steps=20, guidance_scale=1.5, guide=guide)
+    led = sample(ByClass(), repeat(noise), classes, 10, steps=20, guidance_scale=1.5, guide=guide)
     assert torch.allclose(led, torch.full((5, 2), 5 + 1.5 * (2 - 5)), atol=1e-3)
 
 
@@ -88,7 +97,7 @@ def test_the_last_step_leads_from_the_end_to_what_is_seen_there():
         return points.abs()
 
     noise = torch.randn(3, 2)
-    samples = sample(model, noise, torch.zeros(3, dtype=torch.int64), 1, steps=10, end=0.6)
+    samples = sample(model, repeat(noise), torch.zeros(3, dtype=torch.int64), 1, steps=10, end=0.6)
     assert len(seen) == 10
     assert seen[0] == 0
     assert max(seen) == seen[-1] == pytest.approx(0.6)
@@ -116,26 +125,60 @@ def test_light_and_colour_vary_as_they_do_in_the_data(side, kept):
         t = timesteps.view(-1, 1)
         return points * t * 0.29**2 / ((t * 0.29) ** 2 + ((1 - t) / side) ** 2)
 
-    samples = sample(best_prediction, torch.tensor([[1 / side]]), torch.zeros(1, dtype=torch.int64), 1)
+    samples = sample(best_prediction, iter([torch.tensor([[1 / side]])]), torch.zeros(1, dtype=torch.int64), 1, churn=0)
     assert kept < samples.item() / 0.29 < 1
 
 
+def best_prediction_of_normal_data(
+    points: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor
+) -> torch.Tensor:
+    """Of a mean of 3 and a deviation of 0.5."""
+    t = timesteps.view(-1, 1)
+    variance = (1 - t) ** 2 + (0.5 * t) ** 2
+    return 3 + 0.25 * t / variance * (points - 3 * t)
+
+
 def test_twice_the_steps_quarter_the_error():
-    """Where the data are normal, the best prediction and where the path leads are known: noise z to 3 + 0.5 z."""
-
-    def best_prediction(points: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        t = timesteps.view(-1, 1)
-        variance = (1 - t) ** 2 + (0.5 * t) ** 2
-        return 3 + 0.25 * t / variance * (points - 3 * t)
-
+    """Where the data are normal, it is known where the path leads: noise z to 3 + 0.5 z."""
     noise, classes = torch.randn(50, 1, dtype=torch.float64), torch.zeros(50, dtype=torch.int64)
 
     def error(steps: int) -> float:
-        samples = sample(best_prediction, noise, classes, 1, steps=steps, end=1)
+        samples = sample(best_prediction_of_normal_data, iter([noise]), classes, 1, steps=steps, end=1, churn=0)
         return (samples - (3 + 0.5 * noise)).abs().mean().item()
 
     assert error(80) < 0.02
     assert error(80) / error(160) == pytest.approx(4, rel=0.25)
+
+
+def endless_noise(count: int, rng: torch.Generator) -> Iterator[torch.Tensor]:
+    while True:
+        yield torch.randn(count, 2, generator=rng)
+
+
+def test_noise_leads_back_to_where_a_point_of_the_path_was():
+    rng = torch.Generator().manual_seed(0)
+    image, noise, fresh = 3.0, *torch.randn(2, 100_000, generator=rng)
+    back = noised_back(0.2 * noise + 0.8 * image, 0.8, 0.5, fresh)
+    assert back.mean() == pytest.approx(0.5 * image, abs=0.01)
+    assert (back - 0.5 * image).std() == pytest.approx(0.5, abs=0.01)
+
+
+def test_steps_lead_farther_than_their_ends_while_form_is_decided():
+    timesteps = step_timesteps(20)
+    begin, end, reached = timesteps[:-1], timesteps[1:], torch.tensor(overshoots(timesteps, 0.5))
+    far = (begin > 0) & (begin < CHURN_END)
+    assert 5 < far.sum() < 15
+    assert torch.equal(reached[~far], end[~far])
+    assert torch.allclose((reached.logit() - begin.logit())[far], 1.5 * (end.logit() - begin.logit())[far], rtol=1e-4)
+    assert torch.allclose(torch.tensor(overshoots(timesteps, 0)), end)
+
+
+@pytest.mark.parametrize("churn", [0, 0.5, 1])
+def test_with_and_without_fresh_noise_samples_are_distributed_as_the_data(churn):
+    noise, classes = endless_noise(20_000, torch.Generator().manual_seed(0)), torch.zeros(20_000, dtype=torch.int64)
+    samples = sample(best_prediction_of_normal_data, noise, classes, 1, steps=100, end=1, churn=churn)
+    assert samples.mean() == pytest.approx(3, abs=0.02)
+    assert samples.std() == pytest.approx(0.5, abs=0.02)
 
 
 class Perceptron(nn.Module):
@@ -179,7 +222,7 @@ def test_on_two_gaussians_what_is_learned_lands_on_the_data_and_the_null_class_o
         optimizer.step()
         schedule.step()
 
-    noise = torch.randn(2000, 2, generator=generator)
+    noise = endless_noise(2000, generator)
     for name in (0, 1):
         samples = sample(model, noise, torch.full((2000,), name), 2)
         assert torch.allclose(samples.mean(0), centres[name], atol=deviation / 2)

@@ -30,7 +30,11 @@ def test_the_same_seed_samples_the_same_images_in_batches_of_any_size(exported):
     alone = loaded.sample(names, seed=3, batch_size=1, steps=5)
     assert (together.int() - alone.int()).abs().max() <= 1
     assert not torch.equal(together, loaded.sample(names, seed=4, steps=5))
-    assert torch.equal(generator.starting_noise(range(2), 8, 1), generator.starting_noise(range(5), 8, 1)[:2])
+    some, more = generator.noise_of(range(2), 8, seed=1), generator.noise_of(range(5), 8, seed=1)
+    first, second = next(some), next(some)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, next(more)[:2])
+    assert torch.equal(second, next(more)[:2])
 
 
 def test_a_class_that_it_does_not_know_is_named(exported):

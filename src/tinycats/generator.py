@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,15 +56,15 @@ def png(image: torch.Tensor) -> bytes:
     return file.getvalue()
 
 
-def starting_noise(numbers: Iterable[int], image_size: int, seed: int) -> torch.Tensor:
-    """float32 [len(numbers), 3, S, S], on the CPU: the noise of number n depends on the seed and n alone, so that the
-    same images are sampled in batches of any size, on any machine."""
-    return torch.stack(
-        [
-            torch.randn(3, image_size, image_size, generator=torch.Generator().manual_seed(seed_for(seed, SAMPLING, n)))
-            for n in numbers
-        ]
-    )
+def noise_of(
+    numbers: Iterable[int], image_size: int, seed: int, device: torch.device | str = "cpu"
+) -> Iterator[torch.Tensor]:
+    """Noise after noise for `sample`, each float32 [len(numbers), 3, S, S]. That of number n depends on the seed and n
+    alone, so that the same images are sampled in batches of any size, on any machine."""
+    rngs = [torch.Generator().manual_seed(seed_for(seed, SAMPLING, n)) for n in numbers]
+    while True:
+        noise = [torch.randn(3, image_size, image_size, generator=rng) for rng in rngs]
+        yield torch.stack(noise).to(device)
 
 
 def sample_grid(
@@ -84,10 +84,10 @@ def sample_grid(
         processes: each samples some of the rows.
     """
     device = next(model.parameters()).device
-    noise = starting_noise(range(COLUMNS), image_size, seed=0).to(device)
     rows = []
     for label in range(num_classes)[processes.share(num_classes)]:
         classes = torch.full((COLUMNS,), label, device=device)
+        noise = noise_of(range(COLUMNS), image_size, seed=0, device=device)
         samples = sample(model, noise, classes, num_classes, steps=steps, guidance_scale=guidance_scale, guide=guide)
         rows.append(to_bytes(samples).cpu())
     from torchvision.utils import make_grid  # takes two seconds to import, which need not pass before training
@@ -121,7 +121,7 @@ class Generator:
         """uint8 [len(names), 3, S, S], on the CPU: an image of each named class.
 
         Args:
-            numbers: of the noise that each image begins with, as of `starting_noise` (default: 0, 1, 2, …).
+            numbers: of each image's noise, as of `noise_of` (default: 0, 1, 2, …).
             guidance_scale: as of `sample`; None: as the model was trained to be sampled.
             steps: as of `sample`.
 
@@ -132,20 +132,14 @@ class Generator:
         if not names:
             return torch.empty(0, 3, self.model.image_size, self.model.image_size, dtype=torch.uint8)
         device = self.model.position.device
-        noise = starting_noise(numbers or range(len(names)), self.model.image_size, seed).to(device)
         labels = torch.tensor([self.classes.index(name) for name in names], device=device)
-        samples = [
-            sample(
-                self.model,
-                part,
-                some,
-                self.model.null_class,
-                steps=steps,
-                guidance_scale=self.guidance_scale if guidance_scale is None else guidance_scale,
-                guide=self.guide,
-            )
-            for part, some in zip(noise.split(batch_size), labels.split(batch_size), strict=True)
-        ]
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        how: dict[str, Any] = {"steps": steps, "guidance_scale": scale, "guide": self.guide}
+        numbers, samples = numbers or range(len(names)), []
+        for first in range(0, len(names), batch_size):
+            part = slice(first, first + batch_size)
+            noise = noise_of(numbers[part], self.model.image_size, seed, device)
+            samples.append(sample(self.model, noise, labels[part], self.model.null_class, **how))
         return to_bytes(torch.cat(samples)).cpu()
 
     def noise_numbers(self, name: str, count: int) -> list[int]:

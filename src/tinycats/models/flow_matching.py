@@ -7,7 +7,7 @@ dimensions than the model has width to spare, noise cannot be passed through it,
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -22,6 +22,11 @@ MIN_TIME_LEFT = 0.05
 END = 0.85
 
 STEPS = 25  # of sampling, unless another number is asked for
+
+# While form is decided, a step leads half as far again as it is long, and fresh noise leads back to its end: it covers
+# what the model got wrong before (ADR-029).
+CHURN = 0.5
+CHURN_END = 0.5
 
 
 def point_on_path(noise: torch.Tensor, images: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -92,10 +97,24 @@ def extrapolations(timesteps: torch.Tensor) -> list[float]:
     return [0.0, *(lengths[1:] / (2 * lengths[:-1])).nan_to_num(nan=0.0, posinf=0.0).tolist()]
 
 
+def overshoots(timesteps: torch.Tensor, churn: float) -> list[float]:
+    """Where each step leads before noise is added: `churn` times farther than its end, in log(t / (1 - t)), if it
+    begins before CHURN_END; the first and the last, infinitely long in that, lead to their ends."""
+    begin, end = timesteps[:-1].double(), timesteps[1:].double()
+    beyond = torch.lerp(begin.logit(), end.logit(), 1 + churn).sigmoid()
+    return torch.where((begin > 0) & (begin < CHURN_END) & (end < 1), beyond, end).tolist()
+
+
+def noised_back(points: torch.Tensor, now: float, before: float, noise: torch.Tensor) -> torch.Tensor:
+    """Points of the path, [B, ...], as they are at an earlier time, with some of the noise added."""
+    kept = before / now
+    return kept * points + ((1 - before) ** 2 - (kept * (1 - now)) ** 2) ** 0.5 * noise
+
+
 @torch.no_grad()
 def sample(
     model: Model,
-    noise: torch.Tensor,
+    noise: Iterator[torch.Tensor],
     classes: torch.Tensor,
     null_class: int,
     *,
@@ -103,31 +122,37 @@ def sample(
     guidance_scale: float = 1.0,
     guide: Model | None = None,
     end: float = END,
+    churn: float = CHURN,
 ) -> torch.Tensor:
     """Images, [B, ...], from noise of that shape, along the velocity that the model implies.
 
     Each step asks the model once, and leads towards the image that it and the step before suggest, on a line through
-    both: of second order, but for the first two steps and the last (DPM-Solver++ 2M, Lu et al., arXiv 2211.01095,
-    algorithm 2).
+    both: of second order, but for the first two steps and the last (SDE-DPM-Solver++ 2M, Lu et al., arXiv 2211.01095;
+    `churn` is eta in k-diffusion's sample_dpmpp_2m_sde, up to CHURN_END; without, DPM-Solver++ 2M, algorithm 2).
 
     Args:
+        noise: noise after noise: the first is what images begin as, of the others each is added by a step.
         classes: int64 [B].
         guidance_scale: 0 samples without the class, 1 with it, more exaggerates it (classifier-free guidance).
         guide: a worse model than `model`, which then is what guidance leads away from (Karras et al., arXiv
             2406.02507), asked without the class, too; None: the model itself.
         end: where on the path the last step begins at the latest.
+        churn: as of `overshoots`; 0: no noise is added, and an image is a function of what it begins as.
     """
     timesteps = step_timesteps(steps, end)
-    extrapolated = extrapolations(timesteps)
-    timesteps = timesteps.to(noise.device)
-    points = before = noise
-    for step, (timestep, next_timestep) in enumerate(itertools.pairwise(timesteps)):
-        now = timestep.expand(len(points))
+    ways = zip(
+        itertools.pairwise(timesteps.tolist()), overshoots(timesteps, churn), extrapolations(timesteps), strict=True
+    )
+    points = before = next(noise)
+    for (begin, finish), reached, extrapolated in ways:
+        now = torch.full((len(points),), begin, device=points.device)
         predicted = model(points, now, classes).float()
         if guidance_scale != 1:
             without = (guide or model)(points, now, torch.full_like(classes, null_class)).float()
             predicted = without + guidance_scale * (predicted - without)
-        ahead = predicted + extrapolated[step] * (predicted - before)
-        points = points + (next_timestep - timestep) * implied_velocity(points, ahead, now)
+        ahead = predicted + extrapolated * (predicted - before)
+        points = points + (reached - begin) * implied_velocity(points, ahead, now)
+        if churn and reached > finish:
+            points = noised_back(points, reached, finish, next(noise))
         before = predicted
     return points

@@ -15,7 +15,7 @@ from torch import nn
 from tinycats import classifier
 from tinycats.classifier import Classifier
 from tinycats.generator import Generator
-from tinycats.models.flow_matching import END, implied_velocity
+from tinycats.models.flow_matching import CHURN, CHURN_END, END, implied_velocity
 
 OPSET = 18
 
@@ -62,7 +62,7 @@ def of_classifier(finished: Classifier, facts: Mapping[str, Any]) -> bytes:
 def of_generator(finished: Generator, facts: Mapping[str, Any]) -> bytes:
     """An ONNX file: what a step of sampling needs, the `velocity` of `points` at a `timestep` from 0 (noise) to 1
     (images in [-1, 1]), of `classes`, with a `guidance_scale`. The metadata's `end` is that of
-    `flow_matching.step_timesteps`."""
+    `flow_matching.step_timesteps`, `churn` and `churn_end` are those of its `overshoots`."""
     size = finished.model.image_size
     inputs = {
         "points": torch.zeros(2, 3, size, size),
@@ -70,7 +70,8 @@ def of_generator(finished: Generator, facts: Mapping[str, Any]) -> bytes:
         "classes": torch.zeros(2, dtype=torch.int64),
         "guidance_scale": torch.tensor(finished.guidance_scale),
     }
-    return _exported(_GuidedVelocity(finished), inputs, "velocity", ["points", "classes"], {**facts, "end": END})
+    facts = {**facts, "end": END, "churn": CHURN, "churn_end": CHURN_END}
+    return _exported(_GuidedVelocity(finished), inputs, "velocity", ["points", "classes"], facts)
 
 
 def _exported(
