@@ -45,7 +45,7 @@ from tinycats.images import frames
 from tinycats.images.batches import TrainingBatches, load_batches
 from tinycats.images.datasets import open_dataset
 from tinycats.images.packed_images import PackedImages
-from tinycats.models import flow_matching
+from tinycats.models import alignment, flow_matching
 from tinycats.models.dit import TinyDiT, modulate, sinusoids, unpatchify
 from tinycats.models.ema import EarlierEMA, ema_model
 from tinycats.models.sliced_wasserstein import pyramid_distances
@@ -199,6 +199,7 @@ VARIANTS: dict[str, dict] = {
     },
     "decay": {"weight_decay": 0.1},
     "paired noise": {"paired": True},
+    "not aligned": {"alignment_weight": 0.0},
     "sees noise": {"wrap": SeesNoise},
     "velocity": {"wrap": PredictsVelocity},
     "constant rate": {"schedule": warmup_constant},
@@ -243,30 +244,39 @@ def train(
     weight_decay: float = 0.0,
     muon: bool = True,
     paired: bool = False,
+    alignment_weight: float = 0.2,
 ) -> tuple[torch.nn.Module, torch.nn.Module | None, int]:
     """The EMA of a model trained on the images, as if they were of one class, its guide, and the steps that it took."""
     torch.manual_seed(options.seed)
     model = wrap(TinyDiT(1, options.image_size, options.patch_size, options.dim, options.depth, options.heads))
     ema, earlier = ema_model(model, options.ema_beta), EarlierEMA()
+    aligned = alignment.Aligned(model) if isinstance(model, TinyDiT) and alignment_weight else None
+    what_is_seen = alignment.WhatIsSeen(options.image_size // options.patch_size, 1.0)
     device = devices.choose("cpu", mixed_precision=True)
-    optimizer = adamw(model, options.lr, weight_decay, beta2)
+    optimizer = adamw(aligned or model, options.lr, weight_decay, beta2)
     if muon:
-        optimizer = Muon(model, model.matrices(), options.lr, weight_decay, beta2, device.optimizer_dtype)
+        optimizer = Muon(aligned or model, model.matrices(), options.lr, weight_decay, beta2, device.optimizer_dtype)
     # The rate's way, in steps or in thousandths of the time.
     length = 1000 if options.seconds else options.steps
     rate = schedule(optimizer, length // 10, length)
     batches = TrainingBatches(images, options.batch_size, generator.training_transform, options.seed)
-    steps, began = 0, time.perf_counter()
+    steps, passed, began = 0, 0.0, time.perf_counter()
     for images, labels in load_batches(batches, itertools.count(), 0, pin_memory=False):
         targets = generator.to_unit(images)
         noise, now = torch.randn_like(targets), timesteps(len(targets), torch.default_generator)
         if paired:
             noise = noise[pairing(noise, targets)]
+        points, untold = flow_matching.point_on_path(noise, targets, now), torch.zeros(())
         with device.autocast:
-            loss = flow_matching.flow_matching_loss(model, noise, targets, now, 0 * labels, min_time_left=bound)
+            if aligned and passed < alignment.PART * length:
+                predicted, told = aligned(points, now, 0 * labels)
+                untold = alignment_weight * alignment.misalignment(told, what_is_seen(images)[0]).mean()
+            else:
+                predicted = model(points, now, 0 * labels)
+            loss = untold + flow_matching.velocity_loss(predicted, targets, now, bound)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_((aligned or model).parameters(), 1.0)
         optimizer.step()
         ema.update_parameters(model)
         steps += 1

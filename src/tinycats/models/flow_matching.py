@@ -30,7 +30,13 @@ CHURN_END = 0.5
 
 
 def point_on_path(noise: torch.Tensor, images: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """x_t, [B, ...], of the straight path from noise to image at timesteps [B]."""
+    """x_t, [B, ...], of the straight path from noise to image at timesteps [B].
+
+    Raises:
+        ValueError: noise and images are the same: the path has no length, and nothing would be learned.
+    """
+    if noise is images:
+        raise ValueError("the path leads from the images to themselves")
     timesteps = timesteps.view(-1, *[1] * (images.ndim - 1))
     return (1 - timesteps) * noise + timesteps * images
 
@@ -52,6 +58,19 @@ def dropped_classes(count: int, probability: float, generator: torch.Generator) 
     return torch.rand(count, generator=generator) < probability
 
 
+def velocity_loss(
+    predicted: torch.Tensor, images: torch.Tensor, timesteps: torch.Tensor, min_time_left: float = MIN_TIME_LEFT
+) -> torch.Tensor:
+    """Mean squared error of the velocity that predicted images, [B, ...], imply; a scalar.
+
+    Args:
+        min_time_left: the error of the image is divided by 1 - t, but by no less than this.
+    """
+    left = (1 - timesteps).clamp_min(min_time_left).view(-1, *[1] * (images.ndim - 1))
+    # Both velocities start at the same point, which cancels out of their difference.
+    return ((predicted.float() - images) / left).square().mean()
+
+
 def flow_matching_loss(
     model: Model,
     noise: torch.Tensor,
@@ -60,21 +79,13 @@ def flow_matching_loss(
     *conditions: torch.Tensor,
     min_time_left: float = MIN_TIME_LEFT,
 ) -> torch.Tensor:
-    """Mean squared error of the velocity that the model's prediction implies; a scalar.
+    """`velocity_loss` of what a model predicts on the way from noise to images.
 
     Args:
         conditions: what else the model is told, the classes first.
-        min_time_left: the error of the image is divided by 1 - t, but by no less than this.
-
-    Raises:
-        ValueError: noise and images are the same: the path has no length, and nothing would be learned.
     """
-    if noise is images:
-        raise ValueError("the path leads from the images to themselves")
-    predicted = model(point_on_path(noise, images, timesteps), timesteps, *conditions).float()
-    left = (1 - timesteps).clamp_min(min_time_left).view(-1, *[1] * (images.ndim - 1))
-    # Both velocities start at the same point, which cancels out of their difference.
-    return ((predicted - images) / left).square().mean()
+    predicted = model(point_on_path(noise, images, timesteps), timesteps, *conditions)
+    return velocity_loss(predicted, images, timesteps, min_time_left)
 
 
 def step_timesteps(steps: int, end: float = END) -> torch.Tensor:

@@ -36,14 +36,14 @@ def compile_if_possible(model: TinyDiT, device: Device, batch_size: int, cache: 
     classes = torch.zeros(batch_size, dtype=torch.int64, device=device.device)
     cropped = torch.zeros(batch_size, crops.NUMBERS, device=device.device)
     # On a CPU, in bf16, what its patterns put in the place of attention takes five to ten times as long (ADR-029).
-    compiled = torch.compile(model.forward, options={"pattern_matcher": device.is_gpu})
-    model.forward = compiled  # type: ignore[method-assign]  # of this one model
+    compiled = torch.compile(model.with_tokens, options={"pattern_matcher": device.is_gpu})
+    model.with_tokens = compiled  # type: ignore[method-assign]  # of this one model; `forward` calls it
     try:
         with device.autocast:
             predicted = model(images, timesteps, classes, cropped)
         predicted.float().mean().backward()
     except Exception as error:  # of the compiler's, the C compiler's, the driver's …
-        del model.forward
+        del model.with_tokens
         reason = one_line(str(error).strip().partition("\n")[0])
         log.warning("Training without torch.compile, which failed with %s: %s", type(error).__name__, reason)
         return False
