@@ -16,7 +16,7 @@ SIDE = 256  # pixels, of an image as the network sees it
 STAGES = {14: 112, 20: 320}  # the blocks whose output is taken, at a 16th and at a 32nd of its side: their channels
 CHANNELS = sum(STAGES.values())
 MEMORY = 2**29  # bytes, for what was seen
-WORTH_LOOKING = 50  # times that an image is shown
+WORTH_LOOKING = 12  # times that an image is shown
 
 
 def efficientnet_lite(variant: int) -> Any:  # a module; it comes without types
@@ -35,7 +35,7 @@ def scaled_for_efficientnet(images: torch.Tensor, side: int) -> torch.Tensor:
 
 def part_looked_at(shown: float, number_of_images: int, side: int) -> float:
     """Of the images, in a run that shows each so many times, mirrored half of them, to `side**2` tokens: no more than
-    are remembered, and so few that one is looked at for fifty that are shown."""
+    are remembered, and so few that one is looked at for twelve that are shown."""
     remembered = MEMORY // (side**2 * CHANNELS * torch.bfloat16.itemsize)
     return min(1.0, remembered / (2 * number_of_images), shown / (2 * WORTH_LOOKING))
 
