@@ -133,7 +133,7 @@ def test_the_fused_optimizer_is_compared_with_the_plain_one():
 def test_where_the_time_of_a_step_goes_is_measured():
     printed = benchmark("step.py", *SHAPE_OPTIONS, "--batch-size", 2, "--steps", 2)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
-    assert [row[0] for row in rows[2:]] == ["images", "forward", "backward", "clip", "optimizer", "EMA", "sum"]
+    assert [row[0] for row in rows[2:]] == ["images", "seen", "forward", "backward", "clip", "optimizer", "EMA", "sum"]
     assert all(float(cell) > 0 for row in rows[2:] for cell in row[1:])
     assert re.search(r"a step [\d.]+ ms, \d+ images/s, [\d.]+ of [\d.]+ TFLOP/s: \d+%", printed)
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -491,6 +492,8 @@ def test_detached_it_outlives_its_laptop_even_when_it_is_preempted_then(
 
 def test_a_run_cut_short_goes_on_by_name(modal_cloud, small_folder, tmp_path, undisturbed):
     process = run_until(modal_cloud, tmp_path, "Epoch 2/3 complete", *small_run(small_folder))
+    while trainings(modal_cloud)[0].commits["cats-model-outputs"] < 2:  # the second has the first epoch
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)  # Ctrl-C: without --detach the app is torn down
     process.communicate(timeout=120)
     modal_cloud.wait()
