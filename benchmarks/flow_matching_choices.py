@@ -18,8 +18,9 @@ timestep in ten is uniform. Usual: the position embedding of the DiT paper, Adam
 AdamW: for all weights, instead of Muon for the blocks' matrices. Patches: each is drawn by its token alone, no
 convolution across their borders. Seen by patches: tokens do not overlap where they are made. Not normalised: queries
 and keys. Before both: neither. Decay: weights are pulled towards zero, by 0.1. Paired noise: of its batch's noise an
-image gets what it is like (arXiv 2304.14772). Diffusers: DiTTransformer2DModel of the same shape in a plain loop,
-which predicts the velocity at uniform timesteps and is moved by AdamW (pip install diffusers; it is in no list of
+image gets what it is like (arXiv 2304.14772). Not aligned: tokens do not learn to tell what a network sees; nor do
+those of a model inside another (sees noise, velocity). Diffusers: DiTTransformer2DModel of the same shape in a plain
+loop, which predicts the velocity at uniform timesteps and is moved by AdamW (pip install diffusers; it is in no list of
 ours, and no test runs it). Sees noise: what is predicted is mixed with the noisy image, the more of it the less noise
 it has.
 """
@@ -250,8 +251,9 @@ def train(
     torch.manual_seed(options.seed)
     model = wrap(TinyDiT(1, options.image_size, options.patch_size, options.dim, options.depth, options.heads))
     ema, earlier = ema_model(model, options.ema_beta), EarlierEMA()
-    aligned = alignment.Aligned(model) if isinstance(model, TinyDiT) and alignment_weight else None
-    what_is_seen = alignment.WhatIsSeen(options.image_size // options.patch_size, 1.0)
+    with torch.random.fork_rng():  # the noise is the same with and without
+        aligned = alignment.Aligned(model) if isinstance(model, TinyDiT) and alignment_weight else None
+        what_is_seen = alignment.WhatIsSeen(options.image_size // options.patch_size, 1.0)
     device = devices.choose("cpu", mixed_precision=True)
     optimizer = adamw(aligned or model, options.lr, weight_decay, beta2)
     if muon:

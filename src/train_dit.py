@@ -85,7 +85,7 @@ class GeneratorParser(TrainingParser):
             type=number(at_least=0),
             default=0.2,
             metavar="WEIGHT",
-            help="how much it counts that tokens tell what a network trained on ImageNet sees (default: 0.2)",
+            help="how much it counts that tokens tell what a network trained on ImageNet sees; 0: not at all",
         )
         training.add_argument(
             "--accumulate",
