@@ -18,8 +18,9 @@ timestep in ten is uniform. Usual: the position embedding of the DiT paper, Adam
 AdamW: for all weights, instead of Muon for the blocks' matrices. Patches: each is drawn by its token alone, no
 convolution across their borders. Seen by patches: tokens do not overlap where they are made. Not normalised: queries
 and keys. Before both: neither. Decay: weights are pulled towards zero, by 0.1. Paired noise: of its batch's noise an
-image gets what it is like (arXiv 2304.14772). Not aligned: tokens do not learn to tell what a network sees; nor do
-those of a model inside another (sees noise, velocity). Diffusers: DiTTransformer2DModel of the same shape in a plain
+image gets what it is like (arXiv 2304.14772). Not aligned: tokens do not learn to tell what a network sees. Not
+perceptual: predicted images are not to look right to it, late in the run. Neither is done to a model inside another
+(sees noise, velocity). Diffusers: DiTTransformer2DModel of the same shape in a plain
 loop, which predicts the velocity at uniform timesteps and is moved by AdamW (pip install diffusers; it is in no list of
 ours, and no test runs it). Sees noise: what is predicted is mixed with the noisy image, the more of it the less noise
 it has.
@@ -46,7 +47,7 @@ from tinycats.images import frames
 from tinycats.images.batches import TrainingBatches, load_batches
 from tinycats.images.datasets import open_dataset
 from tinycats.images.packed_images import PackedImages
-from tinycats.models import alignment, flow_matching
+from tinycats.models import alignment, flow_matching, perceptual_loss
 from tinycats.models.dit import TinyDiT, modulate, sinusoids, unpatchify
 from tinycats.models.ema import EarlierEMA, ema_model
 from tinycats.models.sliced_wasserstein import pyramid_distances
@@ -201,6 +202,7 @@ VARIANTS: dict[str, dict] = {
     "decay": {"weight_decay": 0.1},
     "paired noise": {"paired": True},
     "not aligned": {"alignment_weight": 0.0},
+    "not perceptual": {"perceptual_weight": 0.0},
     "sees noise": {"wrap": SeesNoise},
     "velocity": {"wrap": PredictsVelocity},
     "constant rate": {"schedule": warmup_constant},
@@ -246,6 +248,7 @@ def train(
     muon: bool = True,
     paired: bool = False,
     alignment_weight: float = 0.2,
+    perceptual_weight: float = 0.25,
 ) -> tuple[torch.nn.Module, torch.nn.Module | None, int]:
     """The EMA of a model trained on the images, as if they were of one class, its guide, and the steps that it took."""
     torch.manual_seed(options.seed)
@@ -254,6 +257,7 @@ def train(
     with torch.random.fork_rng():  # the noise is the same with and without
         aligned = alignment.Aligned(model) if isinstance(model, TinyDiT) and alignment_weight else None
         what_is_seen = alignment.WhatIsSeen(options.image_size // options.patch_size, 1.0)
+        unlike = perceptual_loss.PerceptualLoss() if isinstance(model, TinyDiT) and perceptual_weight else None
     device = devices.choose("cpu", mixed_precision=True)
     optimizer = adamw(aligned or model, options.lr, weight_decay, beta2)
     if muon:
@@ -268,14 +272,16 @@ def train(
         noise, now = torch.randn_like(targets), timesteps(len(targets), torch.default_generator)
         if paired:
             noise = noise[pairing(noise, targets)]
-        points, untold = flow_matching.point_on_path(noise, targets, now), torch.zeros(())
+        points, beside = flow_matching.point_on_path(noise, targets, now), torch.zeros(())
         with device.autocast:
             if aligned and passed < alignment.PART * length:
                 predicted, told = aligned(points, now, 0 * labels)
-                untold = alignment_weight * alignment.misalignment(told, what_is_seen(images)[0]).mean()
+                beside = alignment_weight * alignment.misalignment(told, what_is_seen(images)[0]).mean()
             else:
                 predicted = model(points, now, 0 * labels)
-            loss = untold + flow_matching.velocity_loss(predicted, targets, now, bound)
+            if unlike and passed >= perceptual_loss.BEGINS * length:
+                beside = beside + perceptual_weight * unlike(predicted, targets, now)
+            loss = beside + flow_matching.velocity_loss(predicted, targets, now, bound)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_((aligned or model).parameters(), 1.0)

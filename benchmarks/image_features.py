@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import interpolate
 
-from tinycats.models.alignment import efficientnet_lite, scaled_for_efficientnet
+from tinycats.models.efficientnet import efficientnet_lite, scaled_for_efficientnet
 
 SIDE = 224  # pixels, that the network was trained on
 NEIGHBOURS = 3  # as in arXiv 1904.06991

@@ -26,6 +26,7 @@ from tinycats.models import alignment, crops
 from tinycats.models.dit import TinyDiT
 from tinycats.models.ema import ema_model
 from tinycats.models.flow_matching import point_on_path, sample_timesteps, velocity_loss
+from tinycats.models.perceptual_loss import PerceptualLoss
 from tinycats.training import devices
 from tinycats.training.compilation import compile_if_possible
 from tinycats.training.optimization import Muon
@@ -40,6 +41,7 @@ def parts_of(options: argparse.Namespace, device: devices.Device) -> dict[str, P
     model = TinyDiT(13, **shape)
     aligned = alignment.Aligned(model).to(device.device)
     what_is_seen = alignment.WhatIsSeen(options.image_size // options.patch_size, 1.0, device.device)
+    perceptual_loss = PerceptualLoss(device.device)
     ema = ema_model(model, 0.999)
     optimizer = Muon(aligned, model.matrices(), 0.384 / options.dim, 0.0, generator.BETA2, device.optimizer_dtype)
     if options.compile:
@@ -57,7 +59,7 @@ def parts_of(options: argparse.Namespace, device: devices.Device) -> dict[str, P
         timesteps = sample_timesteps(options.batch_size, rng)
         cropped = device.put(crops.sample_crops(options.batch_size, crops.PROBABILITY, rng))
         targets = crops.crop(generator.to_unit(device.put(images)), cropped)
-        path = torch.randn_like(targets), targets, device.put(timesteps), device.put(labels), cropped
+        path = torch.randn_like(targets), targets, timesteps, device.put(labels), cropped
 
     def see() -> None:
         nonlocal seen
@@ -70,8 +72,11 @@ def parts_of(options: argparse.Namespace, device: devices.Device) -> dict[str, P
         optimizer.zero_grad(set_to_none=True)
         noise, targets, timesteps, *conditions = path
         with device.autocast:
-            predicted, told = aligned(point_on_path(noise, targets, timesteps), timesteps, *conditions)
-            loss = velocity_loss(predicted, targets, timesteps)
+            now = device.put(timesteps)
+            predicted, told = aligned(point_on_path(noise, targets, now), now, *conditions)
+            loss = velocity_loss(predicted, targets, now)
+            if options.perceptual:
+                loss = loss + options.perceptual * perceptual_loss(predicted, targets, timesteps)
             if options.alignment:
                 loss = loss + options.alignment * alignment.misalignment(told, seen[0]).mean()
 
@@ -126,6 +131,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--alignment", type=float, default=0.2, help="0: as in the last part of a run, without")
+    parser.add_argument("--perceptual", type=float, default=0.0, help="0.25: as in the last part of a run")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction)

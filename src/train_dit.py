@@ -88,6 +88,13 @@ class GeneratorParser(TrainingParser):
             help="how much it counts that tokens tell what a network trained on ImageNet sees; 0: not at all",
         )
         training.add_argument(
+            "--perceptual",
+            type=number(at_least=0),
+            default=0.25,
+            metavar="WEIGHT",
+            help="how much it counts, late in a run, that images look right to that network, too; 0: not at all",
+        )
+        training.add_argument(
             "--accumulate",
             type=whole_number(1),
             default=1,
@@ -208,11 +215,11 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
     from tinycats.models.flow_matching import (
         STEPS,
         dropped_classes,
-        flow_matching_loss,
         point_on_path,
         sample_timesteps,
         velocity_loss,
     )
+    from tinycats.models.perceptual_loss import BEGINS, PerceptualLoss
     from tinycats.run.attempts import Part, attempt
     from tinycats.showing import report
     from tinycats.training.compilation import compile_if_possible
@@ -258,10 +265,13 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             startup.ended("compiling")
         parallel_model = processes.parallel(aligned, device.device)
         aligned_until = round(alignment.PART * options.steps) if options.alignment else 0
+        perceptual_from = round(BEGINS * options.steps)
         if step < aligned_until:
             side = options.image_size // options.patch_size
             looked_at = alignment.part_looked_at(shown, len(batches.indices), side)
             what_is_seen = alignment.WhatIsSeen(side, looked_at, device.device)
+        if options.perceptual:
+            perceptual_loss = PerceptualLoss(device.device)
 
         def require_sound(loss: float) -> None:
             if not math.isfinite(loss):
@@ -275,21 +285,24 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             return this.checkpoint_of(step, metrics, parts, best=best)
 
         def losses(noise, images, timesteps, classes, cropped, *seen) -> tuple[torch.Tensor, torch.Tensor]:
-            """Of part of a batch: the error of its velocity, and how far its tokens fail to tell what is seen."""
-            points = point_on_path(noise, images, timesteps)
-            predicted, told = parallel_model(points, timesteps, classes, cropped)
+            """Of part of a batch: the error of its velocity; and how far its tokens fail to tell what is seen, or how
+            unlike the images that are predicted look."""
+            now = device.put(timesteps)
+            predicted, told = parallel_model(point_on_path(noise, images, now), now, classes, cropped)
+            beside = (0 * told).float().sum()  # several processes want a gradient of every weight
             if seen:
                 targets, is_seen = seen
-                untold = (is_seen * alignment.misalignment(told, targets)).mean()
-            else:
-                untold = (0 * told).float().sum()  # several processes want a gradient of every weight
-            return velocity_loss(predicted, images, timesteps), options.alignment * untold
+                beside = options.alignment * (is_seen * alignment.misalignment(told, targets)).mean()
+            if options.perceptual and step >= perceptual_from:
+                beside = beside + options.perceptual * perceptual_loss(predicted, images, timesteps)
+            return velocity_loss(predicted, images, now), beside
 
         sample_steps = options.sample_steps or STEPS
 
         @torch.no_grad()
         def validation_loss() -> float:
-            """The EMA's loss on the validation images, with the same noise and timesteps each time."""
+            """The EMA's loss on the validation images, with the same noise and timesteps each time. How unlike images
+            look is part of it all along, so that it can be compared."""
             total = torch.zeros((), device=device.device)
             for index, (images, labels) in enumerate(
                 load_batches(
@@ -301,9 +314,13 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 noise = torch.randn((size, *images.shape[1:]), generator=rng)[share]
                 timesteps = sample_timesteps(size, rng)[share]
                 if len(images):
-                    path = device.put(noise), generator.to_unit(device.put(images)), device.put(timesteps)
+                    targets, now = generator.to_unit(device.put(images)), device.put(timesteps)
                     with device.autocast:
-                        total += len(images) * flow_matching_loss(ema, *path, device.put(labels))
+                        predicted = ema(point_on_path(device.put(noise), targets, now), now, device.put(labels))
+                        loss = velocity_loss(predicted, targets, now)
+                        if options.perceptual:
+                            loss += options.perceptual * perceptual_loss(predicted, targets, timesteps)
+                    total += len(images) * loss
             return processes.sum(total).item() / len(validation_batches.indices)
 
         def report_contents(model_file: Path) -> tuple[dict, list[str]]:
@@ -351,7 +368,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 noise_shape = (batches.batch_size, *targets.shape[1:])
                 noise = torch.randn(noise_shape, generator=noise_rng, device=device.device)[batches.share]
                 classes = torch.where(dropped, model.null_class, labels)
-                path = [noise, targets, device.put(timesteps), device.put(classes), cropped]
+                path = [noise, targets, timesteps, device.put(classes), cropped]
                 if step < aligned_until:
                     with device.autocast:
                         seen, is_seen = what_is_seen(images)
@@ -362,9 +379,9 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 for part, synchronise in processes.in_parts(path, options.accumulate, parallel_model):
                     with synchronise:
                         with device.autocast:
-                            velocity, untold = losses(*part)
+                            velocity, beside = losses(*part)
                         weight = processes.weight(len(part[0]), batches.batch_size)
-                        device.scaler.scale(weight * (velocity + untold)).backward()
+                        device.scaler.scale(weight * (velocity + beside)).backward()
                     loss += weight * velocity.detach()
                 if options.gradient_clip:
                     device.scaler.unscale_(optimizer)

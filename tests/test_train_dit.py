@@ -25,6 +25,7 @@ from tinycats.models.crops import crop
 from tinycats.models.dit import TinyDiT
 from tinycats.models.ema import EarlierEMA
 from tinycats.models.flow_matching import flow_matching_loss, sample, sample_timesteps, velocity_loss
+from tinycats.models.perceptual_loss import PerceptualLoss
 from tinycats.run import checkpoints
 from tinycats.run.options import resumed_options
 from tinycats.run.runs import log_to_stdout
@@ -214,10 +215,10 @@ def test_images_that_are_shown_often_are_cropped_and_the_model_is_told_how(small
     monkeypatch.chdir(tmp_path)
     images, told, forward = [], [], alignment.Aligned.forward
 
-    def loss(predicted, targets, timesteps, *in_validation):
-        if not in_validation:
+    def loss(predicted, targets, timesteps):
+        if predicted.requires_grad:  # and not in validation
             images.append(targets)
-        return velocity_loss(predicted, targets, timesteps, *in_validation)
+        return velocity_loss(predicted, targets, timesteps)
 
     def asked(aligned, points, timesteps, classes, cropped):
         told.append(cropped)
@@ -267,6 +268,45 @@ def test_tokens_are_told_what_is_seen_in_whole_images_up_to_a_part_of_the_run(sm
         assert torch.allclose(gradient, 0.2 / 8 * ~part)
     train_here(small_toy, *SMALL, "--steps", 10, "--alignment", 0)
     assert len(looks) == 6
+
+
+def test_predicted_images_are_to_look_right_in_the_last_part_of_a_run(small_toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trained_on, looked_at, counted, perceptual = [], [], [], PerceptualLoss.__call__
+
+    def velocity(*of):
+        if of[0].requires_grad:  # and not in validation
+            trained_on.append(of)
+        return velocity_loss(*of)
+
+    def unlike(loss, *of):
+        value = perceptual(loss, *of)
+        if of[0].requires_grad:
+            looked_at.append(of)
+            value.register_hook(counted.append)
+        return value
+
+    monkeypatch.setattr("tinycats.models.flow_matching.velocity_loss", velocity)
+    monkeypatch.setattr("tinycats.models.perceptual_loss.PerceptualLoss.__call__", unlike)
+    train_here(small_toy, *SMALL, "--steps", 10)
+    assert len(trained_on) == 10
+    assert same(looked_at, trained_on[8:])
+    assert counted == [0.25, 0.25]
+    train_here(small_toy, *SMALL, "--steps", 10, "--perceptual", 0)
+    assert len(trained_on) == 20
+    assert len(looked_at) == 2
+
+
+def test_how_unlike_validation_images_look_is_part_of_their_loss_all_along(small_toy, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    losses = {}
+    for weight in (0, 0.25, 0.5):
+        run = train_here(small_toy, *SMALL, "--steps", 4, "--sample-every", 1, "--perceptual", weight)["run"]
+        rows = map(json.loads, (tmp_path / "outputs" / "runs" / run / "metrics.jsonl").read_text().splitlines())
+        losses[weight] = np.array([row["val_loss"] for row in rows if "val_loss" in row][:3])  # the same weights'
+    unlike = losses[0.5] - losses[0]
+    assert (unlike > 0.1).all()
+    assert losses[0.25] - losses[0] == pytest.approx(unlike / 2, rel=1e-3)
 
 
 def test_a_loss_that_diverges_or_is_zero_stops_the_run_with_the_reason(small_toy, tmp_path, monkeypatch):

