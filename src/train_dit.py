@@ -258,6 +258,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         best: dict[str, Any] = {}  # the EMA with the lowest validation loss
         if this.checkpoint:
             step, best, metrics = this.checkpoint["step"], this.checkpoint["best"], this.checkpoint["metrics"]
+        begun_at = step
         if options.compile if options.compile is not None else device.is_gpu:
             share = batches.share.stop - batches.share.start
             cache = machine.compiled_code(device.name) if processes.is_main else None
@@ -295,6 +296,8 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 beside = options.alignment * (is_seen * alignment.misalignment(told, targets)).mean()
             if options.perceptual and step >= perceptual_from:
                 beside = beside + options.perceptual * perceptual_loss(predicted, images, timesteps)
+            elif options.perceptual and step == begun_at:  # if memory is short for it, that is to be known at once
+                beside = beside + 0 * perceptual_loss(predicted, images, torch.ones_like(timesteps))
             return velocity_loss(predicted, images, now), beside
 
         sample_steps = options.sample_steps or STEPS

@@ -7,6 +7,7 @@ from torch.nn.functional import avg_pool2d
 from tinycats import generator
 from tinycats.images.datasets import open_dataset
 from tinycats.images.frames import Frame
+from tinycats.models.efficientnet import scaled_for_efficientnet
 from tinycats.models.perceptual_loss import FROM, PerceptualLoss
 
 EARLY, LATE = FROM - 0.01, FROM + 0.01
@@ -30,7 +31,21 @@ def test_a_blurred_image_looks_unlike_more_than_one_that_is_as_wrong_and_sharp(l
     same, to_blurred, to_sharp = (loss.unlikeness(other, images) for other in (images, blurred, sharp))
     assert (same == 0).all()
     assert (to_blurred > 0.05).all()
+    assert (to_blurred < 2).all(), "whatever the network makes of an image has the length 1"
     assert to_blurred.mean() > 2 * to_sharp.mean()
+
+
+@pytest.mark.parametrize(("side", "seen_at"), [(32, 128), (64, 128), (160, 160)])
+def test_small_images_are_enlarged(loss, monkeypatch, side, seen_at):
+    sides = []
+
+    def scaled(images, side):
+        sides.append(side)
+        return scaled_for_efficientnet(images, side)
+
+    monkeypatch.setattr("tinycats.models.perceptual_loss.scaled_for_efficientnet", scaled)
+    loss.unlikeness(torch.zeros(1, 3, side, side), torch.ones(1, 3, side, side))
+    assert sides == [seen_at, seen_at]
 
 
 def test_it_is_asked_of_images_that_are_late_on_the_path_alone(loss, images):

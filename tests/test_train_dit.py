@@ -290,11 +290,12 @@ def test_predicted_images_are_to_look_right_in_the_last_part_of_a_run(small_toy,
     monkeypatch.setattr("tinycats.models.perceptual_loss.PerceptualLoss.__call__", unlike)
     train_here(small_toy, *SMALL, "--steps", 10)
     assert len(trained_on) == 10
-    assert same(looked_at, trained_on[8:])
-    assert counted == [0.25, 0.25]
+    assert same(looked_at[1:], trained_on[8:])
+    assert same(looked_at[0], (*trained_on[0][:2], torch.ones(8))), "tried at once, with every image, for its memory"
+    assert counted == [0, 0.25, 0.25]
     train_here(small_toy, *SMALL, "--steps", 10, "--perceptual", 0)
     assert len(trained_on) == 20
-    assert len(looked_at) == 2
+    assert len(looked_at) == 3
 
 
 def test_how_unlike_validation_images_look_is_part_of_their_loss_all_along(small_toy, tmp_path, monkeypatch):

@@ -10,8 +10,7 @@ from tinycats.models.efficientnet import efficientnet_lite, features_after, scal
 
 BEGINS = 0.8  # of a run's steps: it takes longer than the rest of a step, and a few steps learn it
 FROM = 0.1  # of the path from noise to image: nearer to noise there is nothing to be seen
-LARGER = 2  # times as large as they are, images are looked at, in which the finest octave is seen better
-SMALLEST = 128  # pixels, of an image as the network sees it
+SMALLEST = 128  # pixels, of an image as the network sees it: smaller ones are enlarged
 BLOCKS = (0, 3, 6, 10)  # whose output is compared: the last at a half, a quarter, an eighth, and a 16th of its side
 
 
@@ -42,7 +41,7 @@ class PerceptualLoss:
     def unlikeness(self, predicted: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         """[B]: of what is seen of two images [B, 3, S, S], scaled to the length 1 in each place, the squared distance,
         its mean over the places and `BLOCKS`."""
-        side = max(SMALLEST, LARGER * images.shape[-1])
+        side = max(SMALLEST, images.shape[-1])
         with torch.no_grad():
             targets = features_after(self._network, scaled_for_efficientnet(images, side), BLOCKS)
         seen = features_after(self._network, scaled_for_efficientnet(predicted, side), BLOCKS)
