@@ -20,10 +20,9 @@ convolution across their borders. Seen by patches: tokens do not overlap where t
 and keys. Before both: neither. Decay: weights are pulled towards zero, by 0.1. Paired noise: of its batch's noise an
 image gets what it is like (arXiv 2304.14772). Not aligned: tokens do not learn to tell what a network sees. Not
 perceptual: predicted images are not to look right to it, late in the run. Neither is done to a model inside another
-(sees noise, velocity). Diffusers: DiTTransformer2DModel of the same shape in a plain
-loop, which predicts the velocity at uniform timesteps and is moved by AdamW (pip install diffusers; it is in no list of
-ours, and no test runs it). Sees noise: what is predicted is mixed with the noisy image, the more of it the less noise
-it has.
+(sees noise, velocity). Diffusers: DiTTransformer2DModel of the same shape in a plain loop, which predicts the velocity
+at uniform timesteps and is moved by AdamW (pip install diffusers; it is in no list of ours, and no test runs it). Sees
+noise: what is predicted is mixed with the noisy image, the more of it the less noise it has.
 """
 
 import argparse
