@@ -109,3 +109,21 @@ def test_a_signal_that_arrives_while_the_processes_agree_is_not_forgotten(tmp_pa
         assert not run.save_due()
         assert run.save_due()
         run.save(lambda: {"step": 1})
+
+
+@pytest.mark.parametrize("is_saved", [False, True])
+def test_who_does_not_wait_for_the_checkpoint_is_told_what_is_there(tmp_path, is_saved):
+    """Seen to fail with the message of a script that has not begun to train: there was nothing to resume, it said."""
+    folder = tmp_path / "r"
+    with (
+        pytest.raises(Stopped) as stopped,
+        StopSignals() as stop,
+        open_run(folder, {}, [], 0, stop, ThisMachine("train.py"), save_every=5) as run,
+    ):
+        if is_saved:
+            run.save(lambda: {"step": 3})
+            run.wait_until_saved()
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+    assert ("nothing to resume" in str(stopped.value)) != is_saved
+    assert (f"--resume {folder / 'state.pt'}" in str(stopped.value)) == is_saved

@@ -16,10 +16,10 @@ def test_before_training_a_signal_stops_the_program_where_it_stands():
 
 
 def test_while_deferred_the_first_signal_waits_and_the_second_does_not():
-    with StopSignals() as stop, stop.deferred():
+    with StopSignals() as stop, stop.deferred(lambda: "at once"):
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested == signal.SIGINT
-        with pytest.raises(Stopped):
+        with pytest.raises(Stopped, match="at once"):
             os.kill(os.getpid(), signal.SIGINT)
 
 

@@ -16,7 +16,7 @@ from tinycats.run import checkpoints
 from tinycats.run.durable_files import atomic_write
 from tinycats.script.errors import UserError
 from tinycats.script.machines import ThisMachine
-from tinycats.script.signals import Stopped, StopSignals
+from tinycats.script.signals import NOTHING_TRAINED, Stopped, StopSignals
 from tinycats.training.processes import Processes, here
 
 if TYPE_CHECKING:
@@ -288,7 +288,7 @@ def open_run(
 ) -> Iterator[Run]:
     """Open the run in `folder` for training on from `step`, with the program's log going to `train.log` too.
 
-    While it is open, a stop signal waits for the next `Run.save`.
+    While it is open, a stop signal waits for the next `Run.save`, and a second one does not.
 
     Args:
         description: of `options.description`, kept as run.json.
@@ -321,12 +321,17 @@ def open_run(
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror}") from error
 
+    def if_stopped_at_once() -> str:
+        if not checkpoints.has_checkpoint(folder):
+            return NOTHING_TRAINED
+        return f"without saving; go on from where the run was saved before: {machine.how_to_resume(folder)}"
+
     with ExitStack() as stack:
         run, file_log = processes.together(lambda: opened(stack))
         if processes.is_main:
             stack.enter_context(logging_redirect_tqdm([program]))
         try:
-            with stop.deferred():
+            with stop.deferred(if_stopped_at_once):
                 try:
                     with closing(run._writer):
                         yield run

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -47,7 +47,7 @@ class StopSignals:
     def __init__(self, message: str = NOTHING_TRAINED) -> None:
         self.requested: int | None = None
         self._message = message
-        self._deferring = False
+        self._message_of_second: Callable[[], str] | None = None  # while deferring
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -65,13 +65,17 @@ class StopSignals:
         sys.unraisablehook = self._unraisable_hook
 
     @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """While this is open, the first signal waits for the step in progress."""
-        self._deferring = True
+    def deferred(self, message: Callable[[], str]) -> Iterator[None]:
+        """While this is open, the first signal waits for the step in progress.
+
+        Args:
+            message: gives that of the Stopped that a second one raises.
+        """
+        self._message_of_second = message
         try:
             yield
         finally:
-            self._deferring = False
+            self._message_of_second = None
 
     def ignore(self) -> None:
         """Let no further signal disturb what is left to do; until the end."""
@@ -80,8 +84,10 @@ class StopSignals:
 
     def _handle(self, signum: int, _frame: FrameType | None) -> None:
         is_first, self.requested = self.requested is None, signum
-        if not (self._deferring and is_first):
+        if self._message_of_second is None:
             raise Stopped(signum, self._message)
+        if not is_first:
+            raise Stopped(signum, self._message_of_second())
 
     def _could_not_be_raised(self, unraisable: "sys.UnraisableHookArgs") -> None:
         if not issubclass(unraisable.exc_type, Stopped):
