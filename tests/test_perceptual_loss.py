@@ -7,8 +7,8 @@ from torch.nn.functional import avg_pool2d
 from tinycats import generator
 from tinycats.images.datasets import open_dataset
 from tinycats.images.frames import Frame
-from tinycats.models.efficientnet import scaled_for_efficientnet
-from tinycats.models.perceptual_loss import FROM, PerceptualLoss
+from tinycats.models.efficientnet import features_after, scaled_for_efficientnet
+from tinycats.models.perceptual_loss import BLOCKS, EVERY, FROM, PerceptualLoss, in_turn
 
 EARLY, LATE = FROM - 0.01, FROM + 0.01
 
@@ -35,6 +35,18 @@ def test_a_blurred_image_looks_unlike_more_than_one_that_is_as_wrong_and_sharp(l
     assert to_blurred.mean() > 2 * to_sharp.mean()
 
 
+def test_what_is_seen_at_a_half_a_quarter_an_eighth_and_a_16th_counts_alike(loss, monkeypatch):
+    """Seen to fail with the last one alone."""
+    sides = [features.shape[-1] for features in features_after(loss._network, torch.zeros(1, 3, 128, 128), BLOCKS)]
+    assert sides == [64, 32, 16, 8]
+    for stage in range(4):
+        targets = [torch.eye(2)[:1, :, None, None].expand(1, 2, 3, 3)] * 4
+        seen = [*targets[:stage], targets[stage].flip(1), *targets[stage + 1 :]]  # √2 away from it
+        stages = iter([targets, seen])
+        monkeypatch.setattr("tinycats.models.perceptual_loss.features_after", lambda *_, stages=stages: next(stages))
+        assert loss.unlikeness(*torch.zeros(2, 1, 3, 8, 8)).item() == pytest.approx(2 / 4)
+
+
 @pytest.mark.parametrize(("side", "seen_at"), [(32, 128), (64, 128), (160, 160)])
 def test_small_images_are_enlarged(loss, monkeypatch, side, seen_at):
     sides = []
@@ -59,6 +71,14 @@ def test_it_is_asked_of_images_that_are_late_on_the_path_alone(loss, images):
     apart = loss.unlikeness(predicted[[3, 7, 12]].detach(), images[[3, 7, 12]])
     assert value.item() == pytest.approx(apart.sum().item() / 20, rel=1e-5)
     assert loss(predicted, images, torch.full((20,), EARLY)) == 0
+
+
+def test_in_turn_every_image_of_a_batch_is_looked_at(loss):
+    timesteps = torch.linspace(0.2, 0.9, 5)
+    steps = torch.stack([in_turn(timesteps, step) for step in range(7, 7 + EVERY)])
+    assert ((steps > 0).sum(0) == 1).all(), "once in so many steps"
+    assert torch.equal(steps.sum(0), timesteps)
+    assert torch.equal(in_turn(timesteps, 7 + EVERY), steps[0])
 
 
 def test_in_a_large_batch_numbers_of_images_are_few_and_those_beyond_do_not_count(loss, monkeypatch):
