@@ -279,8 +279,7 @@ def train(
             else:
                 predicted = model(points, now, 0 * labels)
             if unlike and passed >= perceptual_loss.BEGINS * length:
-                looked_at = perceptual_loss.in_turn(now, steps)
-                beside = beside + perceptual_weight * perceptual_loss.EVERY * unlike(predicted, targets, looked_at)
+                beside = beside + perceptual_weight * unlike(predicted, targets, now)
             loss = beside + flow_matching.velocity_loss(predicted, targets, now, bound)
         optimizer.zero_grad()
         loss.backward()

@@ -26,7 +26,7 @@ from tinycats.models import alignment, crops
 from tinycats.models.dit import TinyDiT
 from tinycats.models.ema import ema_model
 from tinycats.models.flow_matching import point_on_path, sample_timesteps, velocity_loss
-from tinycats.models.perceptual_loss import EVERY, PerceptualLoss, in_turn
+from tinycats.models.perceptual_loss import PerceptualLoss
 from tinycats.training import devices
 from tinycats.training.compilation import compile_if_possible
 from tinycats.training.optimization import Muon
@@ -76,8 +76,7 @@ def parts_of(options: argparse.Namespace, device: devices.Device) -> dict[str, P
             predicted, told = aligned(point_on_path(noise, targets, now), now, *conditions)
             loss = velocity_loss(predicted, targets, now)
             if options.perceptual:
-                unlike = perceptual_loss(predicted, targets, in_turn(timesteps, step=0))
-                loss = loss + options.perceptual * EVERY * unlike
+                loss = loss + options.perceptual * perceptual_loss(predicted, targets, timesteps)
             if options.alignment:
                 loss = loss + options.alignment * alignment.misalignment(told, seen[0]).mean()
 

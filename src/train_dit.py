@@ -219,7 +219,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         sample_timesteps,
         velocity_loss,
     )
-    from tinycats.models.perceptual_loss import BEGINS, EVERY, PerceptualLoss, in_turn
+    from tinycats.models.perceptual_loss import BEGINS, PerceptualLoss
     from tinycats.run.attempts import Part, attempt
     from tinycats.showing import report
     from tinycats.training.compilation import compile_if_possible
@@ -285,7 +285,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 require_sound(math.inf)
             return this.checkpoint_of(step, metrics, parts, best=best)
 
-        def losses(noise, images, timesteps, classes, cropped, compared, *seen) -> tuple[torch.Tensor, torch.Tensor]:
+        def losses(noise, images, timesteps, classes, cropped, *seen) -> tuple[torch.Tensor, torch.Tensor]:
             """Of part of a batch: the error of its velocity; and how far its tokens fail to tell what is seen, or how
             unlike the images that are predicted look."""
             now = device.put(timesteps)
@@ -295,10 +295,9 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 targets, is_seen = seen
                 beside = options.alignment * (is_seen * alignment.misalignment(told, targets)).mean()
             if options.perceptual and step >= perceptual_from:
-                beside = beside + options.perceptual * EVERY * perceptual_loss(predicted, images, compared)
+                beside = beside + options.perceptual * perceptual_loss(predicted, images, timesteps)
             elif options.perceptual and step == begun_at:  # if memory is short for it, that is to be known at once
-                most = in_turn(torch.ones_like(timesteps), 0)
-                beside = beside + 0 * perceptual_loss(predicted, images, most)
+                beside = beside + 0 * perceptual_loss(predicted, images, torch.ones_like(timesteps))
             return velocity_loss(predicted, images, now), beside
 
         sample_steps = options.sample_steps or STEPS
@@ -360,10 +359,9 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 waited += time.perf_counter() - asked
 
                 # The path of each image: where it starts, how far along it we look, whether its class is told, what is
-                # left of it where it ends; and whether its looks are compared.
+                # left of it where it ends.
                 rng = torch.Generator().manual_seed(seed_for(options.seed, PATH, step))
-                timesteps = sample_timesteps(batches.batch_size, rng)
-                compared, timesteps = in_turn(timesteps, step)[batches.share], timesteps[batches.share]
+                timesteps = sample_timesteps(batches.batch_size, rng)[batches.share]
                 dropped = dropped_classes(batches.batch_size, CLASS_DROPOUT, rng)[batches.share]
                 cropped = device.put(crops.sample_crops(batches.batch_size, crop_probability, rng)[batches.share])
                 targets = generator.to_unit(device.put(images))
@@ -373,7 +371,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 noise_shape = (batches.batch_size, *targets.shape[1:])
                 noise = torch.randn(noise_shape, generator=noise_rng, device=device.device)[batches.share]
                 classes = torch.where(dropped, model.null_class, labels)
-                path = [noise, targets, timesteps, device.put(classes), cropped, compared]
+                path = [noise, targets, timesteps, device.put(classes), cropped]
                 if step < aligned_until:
                     with device.autocast:
                         seen, is_seen = what_is_seen(images)

@@ -8,7 +8,7 @@ from tinycats import generator
 from tinycats.images.datasets import open_dataset
 from tinycats.images.frames import Frame
 from tinycats.models.efficientnet import features_after, scaled_for_efficientnet
-from tinycats.models.perceptual_loss import BLOCKS, EVERY, FROM, PerceptualLoss, in_turn
+from tinycats.models.perceptual_loss import BLOCKS, FROM, PerceptualLoss
 
 EARLY, LATE = FROM - 0.01, FROM + 0.01
 
@@ -71,14 +71,6 @@ def test_it_is_asked_of_images_that_are_late_on_the_path_alone(loss, images):
     apart = loss.unlikeness(predicted[[3, 7, 12]].detach(), images[[3, 7, 12]])
     assert value.item() == pytest.approx(apart.sum().item() / 20, rel=1e-5)
     assert loss(predicted, images, torch.full((20,), EARLY)) == 0
-
-
-def test_in_turn_every_image_of_a_batch_is_looked_at(loss):
-    timesteps = torch.linspace(0.2, 0.9, 5)
-    steps = torch.stack([in_turn(timesteps, step) for step in range(7, 7 + EVERY)])
-    assert ((steps > 0).sum(0) == 1).all(), "once in so many steps"
-    assert torch.equal(steps.sum(0), timesteps)
-    assert torch.equal(in_turn(timesteps, 7 + EVERY), steps[0])
 
 
 def test_in_a_large_batch_numbers_of_images_are_few_and_those_beyond_do_not_count(loss, monkeypatch):

@@ -25,7 +25,7 @@ from tinycats.models.crops import crop
 from tinycats.models.dit import TinyDiT
 from tinycats.models.ema import EarlierEMA
 from tinycats.models.flow_matching import flow_matching_loss, sample, sample_timesteps, velocity_loss
-from tinycats.models.perceptual_loss import EVERY, PerceptualLoss, in_turn
+from tinycats.models.perceptual_loss import PerceptualLoss
 from tinycats.run import checkpoints
 from tinycats.run.options import resumed_options
 from tinycats.run.runs import log_to_stdout
@@ -290,11 +290,9 @@ def test_predicted_images_are_to_look_right_in_the_last_part_of_a_run(small_toy,
     monkeypatch.setattr("tinycats.models.perceptual_loss.PerceptualLoss.__call__", unlike)
     train_here(small_toy, *SMALL, "--steps", 10)
     assert len(trained_on) == 10
-    in_turns = [(*of[:2], in_turn(of[2], step)) for step, of in enumerate(trained_on)]
-    assert same(looked_at[1:], in_turns[8:])
-    many = in_turn(torch.ones(8), 0)
-    assert same(looked_at[0], (*trained_on[0][:2], many)), "tried at once, with as many images, for its memory"
-    assert counted == [0, 0.25 * EVERY, 0.25 * EVERY]
+    assert same(looked_at[1:], trained_on[8:])
+    assert same(looked_at[0], (*trained_on[0][:2], torch.ones(8))), "tried at once, with every image, for its memory"
+    assert counted == [0, 0.25, 0.25]
     train_here(small_toy, *SMALL, "--steps", 10, "--perceptual", 0)
     assert len(trained_on) == 20
     assert len(looked_at) == 3

@@ -9,15 +9,9 @@ from torch.nn.functional import normalize
 from tinycats.models.efficientnet import efficientnet_lite, features_after, scaled_for_efficientnet
 
 BEGINS = 0.8  # of a run's steps: it takes longer than the rest of a step, and a few steps learn it
-EVERY = 2  # images: of so many one is looked at in a step, and counts for all: as good (ADR-029), and cheaper
 FROM = 0.1  # of the path from noise to image: nearer to noise there is nothing to be seen
 SMALLEST = 128  # pixels, of an image as the network sees it: smaller ones are enlarged
 BLOCKS = (0, 3, 6, 10)  # whose output is compared: the last at a half, a quarter, an eighth, and a 16th of its side
-
-
-def in_turn(timesteps: torch.Tensor, step: int) -> torch.Tensor:
-    """Those of a batch, [B], but 0 for all images that are not looked at in this step of a run."""
-    return timesteps * ((torch.arange(len(timesteps)) + step) % EVERY == 0)
 
 
 class PerceptualLoss:
