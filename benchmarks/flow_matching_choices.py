@@ -271,6 +271,9 @@ def train(
         noise, now = torch.randn_like(targets), timesteps(len(targets), torch.default_generator)
         if paired:
             noise = noise[pairing(noise, targets)]
+        late = unlike is not None and passed >= perceptual_loss.BEGINS * length
+        if late:
+            now = perceptual_loss.some_at_the_end(now, steps)
         points, beside = flow_matching.point_on_path(noise, targets, now), torch.zeros(())
         with device.autocast:
             if aligned and passed < alignment.PART * length:
@@ -278,7 +281,7 @@ def train(
                 beside = alignment_weight * alignment.misalignment(told, what_is_seen(images)[0]).mean()
             else:
                 predicted = model(points, now, 0 * labels)
-            if unlike and passed >= perceptual_loss.BEGINS * length:
+            if late:
                 beside = beside + perceptual_weight * unlike(predicted, targets, now)
             loss = beside + flow_matching.velocity_loss(predicted, targets, now, bound)
         optimizer.zero_grad()

@@ -26,7 +26,7 @@ from tinycats.models import alignment, crops
 from tinycats.models.dit import TinyDiT
 from tinycats.models.ema import ema_model
 from tinycats.models.flow_matching import point_on_path, sample_timesteps, velocity_loss
-from tinycats.models.perceptual_loss import PerceptualLoss
+from tinycats.models.perceptual_loss import PerceptualLoss, some_at_the_end
 from tinycats.training import devices
 from tinycats.training.compilation import compile_if_possible
 from tinycats.training.optimization import Muon
@@ -57,6 +57,8 @@ def parts_of(options: argparse.Namespace, device: devices.Device) -> dict[str, P
     def take() -> None:
         nonlocal path
         timesteps = sample_timesteps(options.batch_size, rng)
+        if options.perceptual:
+            timesteps = some_at_the_end(timesteps, 0)
         cropped = device.put(crops.sample_crops(options.batch_size, crops.PROBABILITY, rng))
         targets = crops.crop(generator.to_unit(device.put(images)), cropped)
         path = torch.randn_like(targets), targets, timesteps, device.put(labels), cropped

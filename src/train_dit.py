@@ -219,7 +219,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         sample_timesteps,
         velocity_loss,
     )
-    from tinycats.models.perceptual_loss import BEGINS, PerceptualLoss
+    from tinycats.models.perceptual_loss import BEGINS, PerceptualLoss, some_at_the_end
     from tinycats.run.attempts import Part, attempt
     from tinycats.showing import report
     from tinycats.training.compilation import compile_if_possible
@@ -361,7 +361,10 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 # The path of each image: where it starts, how far along it we look, whether its class is told, what is
                 # left of it where it ends.
                 rng = torch.Generator().manual_seed(seed_for(options.seed, PATH, step))
-                timesteps = sample_timesteps(batches.batch_size, rng)[batches.share]
+                timesteps = sample_timesteps(batches.batch_size, rng)
+                if options.perceptual and step >= perceptual_from:
+                    timesteps = some_at_the_end(timesteps, step)
+                timesteps = timesteps[batches.share]
                 dropped = dropped_classes(batches.batch_size, CLASS_DROPOUT, rng)[batches.share]
                 cropped = device.put(crops.sample_crops(batches.batch_size, crop_probability, rng)[batches.share])
                 targets = generator.to_unit(device.put(images))

@@ -9,6 +9,7 @@ from torch import nn
 
 from tinycats.models.flow_matching import (
     CHURN_END,
+    END,
     dropped_classes,
     flow_matching_loss,
     implied_velocity,
@@ -65,28 +66,38 @@ def test_a_tenth_of_the_classes_is_dropped():
 
 
 class ByClass(nn.Module):
-    """Predicts an image that depends on the class alone."""
+    """Predicts an image that depends on the class alone; at the end of the path, where nothing is decided, what
+    it is given."""
 
     def forward(self, points: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        return classes.float().view(-1, 1).expand_as(points)
+        named = classes.float().view(-1, 1).expand_as(points)
+        return torch.where(timesteps.view(-1, 1) < END - 1e-6, named, points)
+
+
+def led_to(noise: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
+    """What a path without fresh noise led to, up to its end."""
+    return (samples - (1 - END) * noise) / END
 
 
 def test_guidance_of_one_is_none_zero_is_the_null_class_and_more_exaggerates():
     noise, classes = torch.randn(5, 2), torch.full((5,), 2)
-    how = {"steps": 20, "churn": 0}
-    samples = {
-        scale: sample(ByClass(), repeat(noise), classes, 10, guidance_scale=scale, **how) for scale in (0, 1, 1.5)
-    }
-    assert torch.allclose(samples[1], torch.full((5, 2), 2.0), atol=1e-4)
-    assert torch.allclose(samples[0], sample(ByClass(), repeat(noise), torch.full((5,), 10), 10, **how), atol=1e-4)
-    assert torch.allclose(samples[1.5], torch.full((5, 2), 10 + 1.5 * (2 - 10)), atol=1e-3)
+    for scale, wanted in ((0, 10), (1, 2), (1.5, 10 + 1.5 * (2 - 10))):
+        samples = sample(ByClass(), repeat(noise), classes, 10, steps=20, churn=0, guidance_scale=scale)
+        assert torch.allclose(led_to(noise, samples), torch.full((5, 2), float(wanted)), atol=1e-3)
 
 
 def test_a_guide_is_what_guidance_leads_away_from_and_is_not_asked_for_the_class():
     noise, classes = torch.randn(5, 2), torch.full((5,), 2)
     guide = lambda points, timesteps, asked: ByClass()(points, timesteps, asked) / 2  # noqa: E731
-    led = sample(ByClass(), repeat(noise), classes, 10, steps=20, guidance_scale=1.5, guide=guide)
-    assert torch.allclose(led, torch.full((5, 2), 5 + 1.5 * (2 - 5)), atol=1e-3)
+    samples = sample(ByClass(), repeat(noise), classes, 10, steps=20, churn=0, guidance_scale=1.5, guide=guide)
+    assert torch.allclose(led_to(noise, samples), torch.full((5, 2), 5 + 1.5 * (2 - 5)), atol=1e-3)
+
+
+def test_the_last_step_is_not_exaggerated():
+    by_class = lambda points, timesteps, asked: asked.float().view(-1, 1).expand_as(points)  # noqa: E731
+    for scale, wanted in ((0, 10), (0.5, 6), (1, 2), (1.5, 2)):
+        samples = sample(by_class, repeat(torch.randn(5, 2)), torch.full((5,), 2), 10, guidance_scale=scale)
+        assert torch.allclose(samples, torch.full((5, 2), float(wanted)), atol=1e-4)
 
 
 def test_the_last_step_leads_from_the_end_to_what_is_seen_there():

@@ -1,4 +1,4 @@
-"""How unlike images look: which differences count, and of which images of a batch they are asked."""
+"""How unlike images look, and their textures: which differences count, and of which images of a batch."""
 
 import pytest
 import torch
@@ -8,7 +8,18 @@ from tinycats import generator
 from tinycats.images.datasets import open_dataset
 from tinycats.images.frames import Frame
 from tinycats.models.efficientnet import features_after, scaled_for_efficientnet
-from tinycats.models.perceptual_loss import BLOCKS, FROM, PerceptualLoss
+from tinycats.models.flow_matching import END
+from tinycats.models.perceptual_loss import (
+    AT_THE_END,
+    BLOCKS,
+    FROM,
+    TEXTURE,
+    TEXTURE_FROM,
+    PerceptualLoss,
+    some_at_the_end,
+    texture_distance,
+    unlikeness,
+)
 
 EARLY, LATE = FROM - 0.01, FROM + 0.01
 
@@ -28,23 +39,56 @@ def test_a_blurred_image_looks_unlike_more_than_one_that_is_as_wrong_and_sharp(l
     blurred = avg_pool2d(images, 3, 1, 1, count_include_pad=False)
     shade = (blurred - images).square().mean((1, 2, 3), keepdim=True).sqrt()
     sharp = images - shade * images.mean((1, 2, 3), keepdim=True).sign()  # as far away, and only lighter or darker
-    same, to_blurred, to_sharp = (loss.unlikeness(other, images) for other in (images, blurred, sharp))
+    same, to_blurred, to_sharp = (unlikeness(*loss.features(other, images)) for other in (images, blurred, sharp))
     assert (same == 0).all()
     assert (to_blurred > 0.05).all()
     assert (to_blurred < 2).all(), "whatever the network makes of an image has the length 1"
     assert to_blurred.mean() > 2 * to_sharp.mean()
 
 
-def test_what_is_seen_at_a_half_a_quarter_an_eighth_and_a_16th_counts_alike(loss, monkeypatch):
+def test_what_is_seen_at_a_half_a_quarter_an_eighth_and_a_16th_counts_alike(loss):
     """Seen to fail with the last one alone."""
     sides = [features.shape[-1] for features in features_after(loss._network, torch.zeros(1, 3, 128, 128), BLOCKS)]
     assert sides == [64, 32, 16, 8]
     for stage in range(4):
         targets = [torch.eye(2)[:1, :, None, None].expand(1, 2, 3, 3)] * 4
         seen = [*targets[:stage], targets[stage].flip(1), *targets[stage + 1 :]]  # √2 away from it
-        stages = iter([targets, seen])
-        monkeypatch.setattr("tinycats.models.perceptual_loss.features_after", lambda *_, stages=stages: next(stages))
-        assert loss.unlikeness(*torch.zeros(2, 1, 3, 8, 8)).item() == pytest.approx(2 / 4)
+        assert unlikeness(seen, targets).item() == pytest.approx(2 / 4)
+        targets = [torch.arange(18.0).view(1, 2, 3, 3)] * 4
+        seen = [*targets[:stage], targets[stage] + 3, *targets[stage + 1 :]]
+        assert texture_distance(seen, targets).item() == pytest.approx(9 / 7.5 / 4)
+
+
+def test_a_texture_is_the_same_wherever_in_an_image_it_is(loss, images):
+    targets = [torch.randn(3, 5, 8, 8)]
+    elsewhere = [targets[0].flatten(2)[:, :, torch.randperm(64)].view(3, 5, 8, 8)]
+    assert (texture_distance(elsewhere, targets) == 0).all()
+    assert (unlikeness(elsewhere, targets) > 1).all()
+    blurred = avg_pool2d(images, 3, 1, 1, count_include_pad=False)
+    moved = images.roll(1, 3)  # as unlike, in each place
+    apart = {name: loss.features(other, images) for name, other in (("blurred", blurred), ("moved", moved))}
+    assert texture_distance(*apart["blurred"]).mean() > 3 * texture_distance(*apart["moved"]).mean()
+    assert unlikeness(*apart["blurred"]).mean() < 2 * unlikeness(*apart["moved"]).mean()
+
+
+def test_where_all_values_are_one_a_texture_is_not_infinitely_far():
+    one_value = [torch.zeros(1, 2, 4, 4)]
+    assert texture_distance([torch.ones(1, 2, 4, 4)], one_value) == 1
+    assert texture_distance(one_value, one_value) == 0
+
+
+def test_some_of_each_batch_are_at_the_end_others_in_each_step():
+    timesteps = torch.linspace(0.1, 0.4, 2 * AT_THE_END)
+    times = torch.zeros(2 * AT_THE_END)
+    for step in range(AT_THE_END):
+        moved = some_at_the_end(timesteps, step)
+        at_the_end = moved == torch.tensor(END)
+        assert at_the_end.sum() == 2
+        assert torch.equal(moved[~at_the_end], timesteps[~at_the_end])
+        assert moved.dtype == timesteps.dtype
+        times += at_the_end
+    assert (times == 1).all()
+    assert sum((some_at_the_end(torch.zeros(1), step) > 0).item() for step in range(60)) == 60 / AT_THE_END
 
 
 @pytest.mark.parametrize(("side", "seen_at"), [(32, 128), (64, 128), (160, 160)])
@@ -56,7 +100,7 @@ def test_small_images_are_enlarged(loss, monkeypatch, side, seen_at):
         return scaled_for_efficientnet(images, side)
 
     monkeypatch.setattr("tinycats.models.perceptual_loss.scaled_for_efficientnet", scaled)
-    loss.unlikeness(torch.zeros(1, 3, side, side), torch.ones(1, 3, side, side))
+    loss.features(torch.zeros(1, 3, side, side), torch.ones(1, 3, side, side))
     assert sides == [seen_at, seen_at]
 
 
@@ -68,14 +112,27 @@ def test_it_is_asked_of_images_that_are_late_on_the_path_alone(loss, images):
     value.backward()
     reached = predicted.grad.abs().sum((1, 2, 3)) > 0
     assert reached.nonzero().flatten().tolist() == [3, 7, 12]
-    apart = loss.unlikeness(predicted[[3, 7, 12]].detach(), images[[3, 7, 12]])
+    apart = unlikeness(*loss.features(predicted[[3, 7, 12]].detach(), images[[3, 7, 12]]))
     assert value.item() == pytest.approx(apart.sum().item() / 20, rel=1e-5)
     assert loss(predicted, images, torch.full((20,), EARLY)) == 0
 
 
+def test_textures_are_asked_of_images_near_the_end_of_the_path_alone(loss, images):
+    predicted = images * 0.5
+    timesteps = torch.full((20,), TEXTURE_FROM)
+    before = loss(predicted, images, timesteps)
+    timesteps[[2, 9]] += 0.01
+    textures = texture_distance(*loss.features(predicted[[2, 9]], images[[2, 9]]))
+    assert (textures > 0.05).all()
+    assert (loss(predicted, images, timesteps) - before).item() == pytest.approx(
+        TEXTURE * textures.sum().item() / 20, rel=1e-3
+    )
+
+
 def test_in_a_large_batch_numbers_of_images_are_few_and_those_beyond_do_not_count(loss, monkeypatch):
     looked_at = []
-    monkeypatch.setattr(loss, "unlikeness", lambda predicted, images: looked_at.append(predicted) or predicted[:, 0])
+    monkeypatch.setattr(loss, "features", lambda predicted, images: looked_at.append(predicted) or (predicted, images))
+    monkeypatch.setattr("tinycats.models.perceptual_loss.unlikeness", lambda seen, targets: seen[:, 0])
     predicted = torch.arange(1.0, 65)[:, None]
     for late in (9, 10, 12):
         timesteps = torch.full((64,), EARLY)
@@ -90,7 +147,7 @@ def test_an_image_comes_to_look_like_another(loss, images):
     optimizer = torch.optim.Adam([predicted], lr=0.02)
     values = []
     for _ in range(30):
-        values.append(loss.unlikeness(predicted, images[:2]).mean())
+        values.append(unlikeness(*loss.features(predicted, images[:2])).mean())
         optimizer.zero_grad()
         values[-1].backward()
         optimizer.step()

@@ -24,7 +24,7 @@ from tinycats.models import alignment
 from tinycats.models.crops import crop
 from tinycats.models.dit import TinyDiT
 from tinycats.models.ema import EarlierEMA
-from tinycats.models.flow_matching import flow_matching_loss, sample, sample_timesteps, velocity_loss
+from tinycats.models.flow_matching import END, flow_matching_loss, sample, sample_timesteps, velocity_loss
 from tinycats.models.perceptual_loss import PerceptualLoss
 from tinycats.run import checkpoints
 from tinycats.run.options import resumed_options
@@ -293,9 +293,12 @@ def test_predicted_images_are_to_look_right_in_the_last_part_of_a_run(small_toy,
     assert same(looked_at[1:], trained_on[8:])
     assert same(looked_at[0], (*trained_on[0][:2], torch.ones(8))), "tried at once, with every image, for its memory"
     assert counted == [0, 0.25, 0.25]
+    at_the_end = [(of[2] == torch.tensor(END)).sum() for of in trained_on]
+    assert at_the_end == [0] * 8 + [1, 1], "where sampling's last step begins, which few others are near to"
     train_here(small_toy, *SMALL, "--steps", 10, "--perceptual", 0)
     assert len(trained_on) == 20
     assert len(looked_at) == 3
+    assert not any((of[2] == torch.tensor(END)).any() for of in trained_on[10:])
 
 
 def test_how_unlike_validation_images_look_is_part_of_their_loss_all_along(small_toy, tmp_path, monkeypatch):

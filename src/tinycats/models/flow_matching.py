@@ -144,7 +144,8 @@ def sample(
     Args:
         noise: noise after noise: the first is what images begin as, of the others each is added by a step.
         classes: int64 [B].
-        guidance_scale: 0 samples without the class, 1 with it, more exaggerates it (classifier-free guidance).
+        guidance_scale: 0 samples without the class, 1 with it, more exaggerates it (classifier-free guidance), but not
+            in the last step, where form is decided and guidance makes grain.
         guide: a worse model than `model`, which then is what guidance leads away from (Karras et al., arXiv
             2406.02507), asked without the class, too; None: the model itself.
         end: where on the path the last step begins at the latest.
@@ -158,9 +159,10 @@ def sample(
     for (begin, finish), reached, extrapolated in ways:
         now = torch.full((len(points),), begin, device=points.device)
         predicted = model(points, now, classes).float()
-        if guidance_scale != 1:
+        scale = guidance_scale if finish < 1 else min(guidance_scale, 1)
+        if scale != 1:
             without = (guide or model)(points, now, torch.full_like(classes, null_class)).float()
-            predicted = without + guidance_scale * (predicted - without)
+            predicted = without + scale * (predicted - without)
         ahead = predicted + extrapolated * (predicted - before)
         points = points + (reached - begin) * implied_velocity(points, ahead, now)
         if churn and reached > finish:
