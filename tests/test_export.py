@@ -69,7 +69,7 @@ def test_onnx_runtime_samples_the_generators_images(has_guide):
     told = session.get_modelmeta().custom_metadata_map
     steps, names = 6, ["tabby", "black", "tabby"]
     classes = np.array([json.loads(told["classes"]).index(name) for name in names])
-    scale = np.array(json.loads(told["guidance_scale"]), np.float32)
+    scale = json.loads(told["guidance_scale"])
     lengths = np.minimum(np.arange(1, steps), steps / 2)
     end = min(json.loads(told["end"]), 1 - 1 / steps)
     timesteps = [0.0, *(end * lengths.cumsum() / lengths.sum()), 1.0]
@@ -77,7 +77,9 @@ def test_onnx_runtime_samples_the_generators_images(has_guide):
     points = before = next(noise).numpy()
     length = np.inf
     for now, later in itertools.pairwise(timesteps):
-        inputs = {"points": points, "timestep": np.array(now, np.float32), "classes": classes, "guidance_scale": scale}
+        guidance = np.array(scale if later < 1 else min(scale, 1), np.float32)
+        timestep = np.array(now, np.float32)
+        inputs = {"points": points, "timestep": timestep, "classes": classes, "guidance_scale": guidance}
         image = points + np.float32(1 - now) * session.run(["velocity"], inputs)[0]
         ahead, reached, added = image, later, 0.0
         if now > 0 and later < 1:

@@ -145,7 +145,7 @@ def sample(
         noise: noise after noise: the first is what images begin as, of the others each is added by a step.
         classes: int64 [B].
         guidance_scale: 0 samples without the class, 1 with it, more exaggerates it (classifier-free guidance), but not
-            in the last step, where form is decided and guidance makes grain.
+            in the last step: form is decided by then, and it would make grain.
         guide: a worse model than `model`, which then is what guidance leads away from (Karras et al., arXiv
             2406.02507), asked without the class, too; None: the model itself.
         end: where on the path the last step begins at the latest.

@@ -61,8 +61,8 @@ def of_classifier(finished: Classifier, facts: Mapping[str, Any]) -> bytes:
 
 def of_generator(finished: Generator, facts: Mapping[str, Any]) -> bytes:
     """An ONNX file: what a step of sampling needs, the `velocity` of `points` at a `timestep` from 0 (noise) to 1
-    (images in [-1, 1]), of `classes`, with a `guidance_scale`. The metadata's `end` is that of
-    `flow_matching.step_timesteps`, `churn` and `churn_end` are those of its `overshoots`."""
+    (images in [-1, 1]), of `classes`, with a `guidance_scale`, in the last step 1 at most. The metadata's `end` is that
+    of `flow_matching.step_timesteps`, `churn` and `churn_end` are those of its `overshoots`."""
     size = finished.model.image_size
     inputs = {
         "points": torch.zeros(2, 3, size, size),
