@@ -22,7 +22,7 @@ from tinycats.run.finished import require_classes
 from tinycats.script.errors import UserError
 from tinycats.training.processes import Processes
 
-# A grid of samples: a row a class. Each image takes an evaluation of the model a step, two with guidance.
+# A grid of samples: a row a class. Each image takes an evaluation of the model a step, two where it is guided.
 COLUMNS = 8
 
 # AdamW's memory of squared gradients while training: twenty steps, not the usual thousand (ADR-026).

@@ -52,7 +52,8 @@ class PerceptualLoss:
         seen, targets = self.features(predicted[looked_at].float(), images[looked_at])
         value = (counts * unlikeness(seen, targets)).sum()
         if near:
-            value = value + TEXTURE * texture_distance(*([some[:near] for some in of] for of in (seen, targets))).sum()
+            textures = texture_distance([some[:near] for some in seen], [some[:near] for some in targets])
+            value = value + TEXTURE * textures.sum()
         return value / batch
 
     def features(self, predicted: torch.Tensor, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
