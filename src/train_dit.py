@@ -267,6 +267,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
         parallel_model = processes.parallel(aligned, device.device)
         aligned_until = round(alignment.PART * options.steps) if options.alignment else 0
         perceptual_from = round(BEGINS * options.steps)
+        what_is_seen: alignment.WhatIsSeen | None = None
         if step < aligned_until:
             side = options.image_size // options.patch_size
             looked_at = alignment.part_looked_at(shown, len(batches.indices), side)
@@ -375,7 +376,9 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 noise = torch.randn(noise_shape, generator=noise_rng, device=device.device)[batches.share]
                 classes = torch.where(dropped, model.null_class, labels)
                 path = [noise, targets, timesteps, device.put(classes), cropped]
-                if step < aligned_until:
+                if step == aligned_until:
+                    what_is_seen = None  # its memory is needed where images are to look right
+                if what_is_seen:
                     with device.autocast:
                         seen, is_seen = what_is_seen(images)
                     path += [seen, is_seen & (cropped[:, 0] == 0)]

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -273,6 +274,11 @@ def test_tokens_are_told_what_is_seen_in_whole_images_up_to_a_part_of_the_run(sm
 def test_predicted_images_are_to_look_right_in_the_last_part_of_a_run(small_toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trained_on, looked_at, counted, perceptual = [], [], [], PerceptualLoss.__call__
+    remembering, remembered, init = WeakSet(), [], alignment.WhatIsSeen.__init__
+
+    def remember(what_is_seen, *of):
+        remembering.add(what_is_seen)
+        init(what_is_seen, *of)
 
     def velocity(*of):
         if of[0].requires_grad:  # and not in validation
@@ -284,12 +290,15 @@ def test_predicted_images_are_to_look_right_in_the_last_part_of_a_run(small_toy,
         if of[0].requires_grad:
             looked_at.append(of)
             value.register_hook(counted.append)
+            remembered.append(len(remembering))
         return value
 
     monkeypatch.setattr("tinycats.models.flow_matching.velocity_loss", velocity)
     monkeypatch.setattr("tinycats.models.perceptual_loss.PerceptualLoss.__call__", unlike)
+    monkeypatch.setattr("tinycats.models.alignment.WhatIsSeen.__init__", remember)
     train_here(small_toy, *SMALL, "--steps", 10)
     assert len(trained_on) == 10
+    assert remembered == [1, 0, 0], "what alignment remembers is gone by then, for its memory"
     assert same(looked_at[1:], trained_on[8:])
     assert same(looked_at[0], (*trained_on[0][:2], torch.ones(8))), "tried at once, with every image, for its memory"
     assert counted == [0, 0.25, 0.25]
