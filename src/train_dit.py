@@ -266,7 +266,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             startup.ended("compiling")
         parallel_model = processes.parallel(aligned, device.device)
         aligned_until = round(alignment.PART * options.steps) if options.alignment else 0
-        perceptual_from = round(BEGINS * options.steps)
+        perceptual_from = round(BEGINS * options.steps) if options.perceptual else options.steps
         what_is_seen: alignment.WhatIsSeen | None = None
         if step < aligned_until:
             side = options.image_size // options.patch_size
@@ -295,7 +295,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
             if seen:
                 targets, is_seen = seen
                 beside = options.alignment * (is_seen * alignment.misalignment(told, targets)).mean()
-            if options.perceptual and step >= perceptual_from:
+            if step >= perceptual_from:
                 beside = beside + options.perceptual * perceptual_loss(predicted, images, timesteps)
             elif options.perceptual and step == begun_at:  # if memory is short for it, that is to be known at once
                 beside = beside + 0 * perceptual_loss(predicted, images, torch.ones_like(timesteps))
@@ -363,7 +363,7 @@ def train(options: Options, stop: StopSignals, machine: ThisMachine) -> dict:
                 # left of it where it ends.
                 rng = torch.Generator().manual_seed(seed_for(options.seed, PATH, step))
                 timesteps = sample_timesteps(batches.batch_size, rng)
-                if options.perceptual and step >= perceptual_from:
+                if step >= perceptual_from:
                     timesteps = some_at_the_end(timesteps, step)
                 timesteps = timesteps[batches.share]
                 dropped = dropped_classes(batches.batch_size, CLASS_DROPOUT, rng)[batches.share]
