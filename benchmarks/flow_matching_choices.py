@@ -52,6 +52,7 @@ from tinycats.models.ema import EarlierEMA, ema_model
 from tinycats.models.sliced_wasserstein import pyramid_distances
 from tinycats.training import devices
 from tinycats.training.optimization import Muon, adamw, warmup_cosine, warmup_stable_decay
+from train_dit import RATE_BY_WIDTH
 
 Timesteps = Callable[[int, torch.Generator], torch.Tensor]
 
@@ -307,18 +308,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--seconds", type=float, help="for each variant, instead of steps")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, help="the product's rule by width, if none is named")
     parser.add_argument("--image-size", type=int, default=32)
     parser.add_argument("--patch-size", type=int, default=8)
     parser.add_argument("--dim", type=int, default=96)
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--heads", type=int, default=6)
-    parser.add_argument("--ema-beta", type=float, default=0.999)
-    parser.add_argument("--cfg-scale", type=float, default=1.0, help="guidance; the product's is 1.5")
+    parser.add_argument("--ema-beta", type=float, help="the product's rule by steps, if none is named; 0.999 by time")
+    parser.add_argument("--cfg-scale", type=float, default=1.5, help="guidance")
     parser.add_argument("--churn", type=float, default=flow_matching.CHURN, help="noise that sampling adds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/choices"))
     options = parser.parse_args()
+    if options.lr is None:
+        options.lr = RATE_BY_WIDTH / options.dim
+    if options.ema_beta is None:
+        options.ema_beta = 0.999 if options.seconds else max(0.0, 1 - 20 / options.steps)
 
     options.output.mkdir(parents=True, exist_ok=True)
     images = open_dataset(options.folder, frames.square(options.image_size), options.folder.parent)

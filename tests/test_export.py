@@ -77,7 +77,8 @@ def test_onnx_runtime_samples_the_generators_images(has_guide):
     points = before = next(noise).numpy()
     length = np.inf
     for now, later in itertools.pairwise(timesteps):
-        guidance = np.array(scale if later < 1 else min(scale, 1), np.float32)
+        guided = now >= json.loads(told["guided_from"]) and later < 1
+        guidance = np.array(scale if guided else min(scale, 1), np.float32)
         timestep = np.array(now, np.float32)
         inputs = {"points": points, "timestep": timestep, "classes": classes, "guidance_scale": guidance}
         image = points + np.float32(1 - now) * session.run(["velocity"], inputs)[0]

@@ -10,6 +10,8 @@ from torch import nn
 from tinycats.models.flow_matching import (
     CHURN_END,
     END,
+    GUIDED_FROM,
+    STEPS,
     dropped_classes,
     flow_matching_loss,
     implied_velocity,
@@ -82,15 +84,31 @@ def led_to(noise: torch.Tensor, samples: torch.Tensor) -> torch.Tensor:
 def test_guidance_of_one_is_none_zero_is_the_null_class_and_more_exaggerates():
     noise, classes = torch.randn(5, 2), torch.full((5,), 2)
     for scale, wanted in ((0, 10), (1, 2), (1.5, 10 + 1.5 * (2 - 10))):
-        samples = sample(ByClass(), repeat(noise), classes, 10, steps=20, churn=0, guidance_scale=scale)
+        how = {"steps": 20, "churn": 0, "guidance_scale": scale, "guided_from": 0}
+        samples = sample(ByClass(), repeat(noise), classes, 10, **how)
         assert torch.allclose(led_to(noise, samples), torch.full((5, 2), float(wanted)), atol=1e-3)
 
 
 def test_a_guide_is_what_guidance_leads_away_from_and_is_not_asked_for_the_class():
     noise, classes = torch.randn(5, 2), torch.full((5,), 2)
     guide = lambda points, timesteps, asked: ByClass()(points, timesteps, asked) / 2  # noqa: E731
-    samples = sample(ByClass(), repeat(noise), classes, 10, steps=20, churn=0, guidance_scale=1.5, guide=guide)
+    how = {"steps": 20, "churn": 0, "guidance_scale": 1.5, "guided_from": 0}
+    samples = sample(ByClass(), repeat(noise), classes, 10, guide=guide, **how)
     assert torch.allclose(led_to(noise, samples), torch.full((5, 2), 5 + 1.5 * (2 - 5)), atol=1e-3)
+
+
+def test_guidance_begins_when_light_is_decided_and_ends_before_the_last_step():
+    asked = []
+
+    def guide(points: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        asked.append(timesteps[0].item())
+        return points
+
+    classes = torch.zeros(3, dtype=torch.int64)
+    sample(ByClass(), repeat(torch.randn(3, 2)), classes, 10, guidance_scale=1.5, guide=guide)
+    timesteps = step_timesteps(STEPS)[:-2].tolist()
+    assert asked == [timestep for timestep in timesteps if timestep >= GUIDED_FROM]
+    assert 0 < len(asked) < len(timesteps)
 
 
 def test_the_last_step_is_not_exaggerated():

@@ -28,6 +28,10 @@ STEPS = 25  # of sampling, unless another number is asked for
 CHURN = 0.5
 CHURN_END = 0.5
 
+# Guidance begins when light and colour are decided, which it would exaggerate (Kynkäänniemi et al., arXiv 2404.07724;
+# ADR-029).
+GUIDED_FROM = 0.1
+
 
 def point_on_path(noise: torch.Tensor, images: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
     """x_t, [B, ...], of the straight path from noise to image at timesteps [B].
@@ -132,6 +136,7 @@ def sample(
     steps: int = STEPS,
     guidance_scale: float = 1.0,
     guide: Model | None = None,
+    guided_from: float = GUIDED_FROM,
     end: float = END,
     churn: float = CHURN,
 ) -> torch.Tensor:
@@ -148,7 +153,8 @@ def sample(
             in the last step: form is decided by then, and it would make grain.
         guide: a worse model than `model`, which then is what guidance leads away from (Karras et al., arXiv
             2406.02507), asked without the class, too; None: the model itself.
-        end: where on the path the last step begins at the latest.
+        guided_from: where on the path the first step begins that may exaggerate.
+        end: where the last step begins at the latest.
         churn: as of `overshoots`; 0: no noise is added, and an image is a function of what it begins as.
     """
     timesteps = step_timesteps(steps, end)
@@ -159,7 +165,7 @@ def sample(
     for (begin, finish), reached, extrapolated in ways:
         now = torch.full((len(points),), begin, device=points.device)
         predicted = model(points, now, classes).float()
-        scale = guidance_scale if finish < 1 else min(guidance_scale, 1)
+        scale = guidance_scale if begin >= guided_from and finish < 1 else min(guidance_scale, 1)
         if scale != 1:
             without = (guide or model)(points, now, torch.full_like(classes, null_class)).float()
             predicted = without + scale * (predicted - without)

@@ -15,7 +15,7 @@ from torch import nn
 from tinycats import classifier
 from tinycats.classifier import Classifier
 from tinycats.generator import Generator
-from tinycats.models.flow_matching import CHURN, CHURN_END, END, implied_velocity
+from tinycats.models.flow_matching import CHURN, CHURN_END, END, GUIDED_FROM, implied_velocity
 
 OPSET = 18
 
@@ -61,8 +61,9 @@ def of_classifier(finished: Classifier, facts: Mapping[str, Any]) -> bytes:
 
 def of_generator(finished: Generator, facts: Mapping[str, Any]) -> bytes:
     """An ONNX file: what a step of sampling needs, the `velocity` of `points` at a `timestep` from 0 (noise) to 1
-    (images in [-1, 1]), of `classes`, with a `guidance_scale`, in the last step 1 at most. The metadata's `end` is that
-    of `flow_matching.step_timesteps`, `churn` and `churn_end` are those of its `overshoots`."""
+    (images in [-1, 1]), of `classes`, with a `guidance_scale`, of 1 at most before the metadata's `guided_from` and in
+    the last step. Its `end` is that of `flow_matching.step_timesteps`, `churn` and `churn_end` are those of its
+    `overshoots`."""
     size = finished.model.image_size
     inputs = {
         "points": torch.zeros(2, 3, size, size),
@@ -70,7 +71,7 @@ def of_generator(finished: Generator, facts: Mapping[str, Any]) -> bytes:
         "classes": torch.zeros(2, dtype=torch.int64),
         "guidance_scale": torch.tensor(finished.guidance_scale),
     }
-    facts = {**facts, "end": END, "churn": CHURN, "churn_end": CHURN_END}
+    facts = {**facts, "guided_from": GUIDED_FROM, "end": END, "churn": CHURN, "churn_end": CHURN_END}
     return _exported(_GuidedVelocity(finished), inputs, "velocity", ["points", "classes"], facts)
 
 
