@@ -52,7 +52,7 @@ from tinycats.models.ema import EarlierEMA, ema_model
 from tinycats.models.sliced_wasserstein import pyramid_distances
 from tinycats.training import devices
 from tinycats.training.optimization import Muon, adamw, warmup_cosine, warmup_stable_decay
-from train_dit import RATE_BY_WIDTH
+from train_dit import RATE_BY_WIDTH, default_ema_beta
 
 Timesteps = Callable[[int, torch.Generator], torch.Tensor]
 
@@ -323,7 +323,7 @@ def main() -> None:
     if options.lr is None:
         options.lr = RATE_BY_WIDTH / options.dim
     if options.ema_beta is None:
-        options.ema_beta = 0.999 if options.seconds else max(0.0, 1 - 20 / options.steps)
+        options.ema_beta = 0.999 if options.seconds else default_ema_beta(options.steps)
 
     options.output.mkdir(parents=True, exist_ok=True)
     images = open_dataset(options.folder, frames.square(options.image_size), options.folder.parent)

@@ -48,6 +48,11 @@ RATE_BY_WIDTH = 0.384  # the learning rate times the width of a token (ADR-033)
 SHAPE = ("image_size", "patch_size", "dim", "depth", "heads")
 
 
+def default_ema_beta(steps: int) -> float:
+    """That of an EMA over a twentieth of a run's steps (ADR-033)."""
+    return max(0.0, 1 - 20 / steps)
+
+
 # --- options -----------------------------------------------------------------------------------------------------
 
 
@@ -137,7 +142,7 @@ class GeneratorParser(TrainingParser):
         if options.warmup_steps is None:
             options.warmup_steps = min(10_000, options.steps // 20)
         if options.ema_beta is None:
-            options.ema_beta = max(0.0, 1 - 20 / options.steps)
+            options.ema_beta = default_ema_beta(options.steps)
         if options.resume:
             return  # the rest is the run's, and was checked when it began
         if options.image_size % options.patch_size:
