@@ -52,7 +52,7 @@ from tinycats.models.ema import EarlierEMA, ema_model
 from tinycats.models.sliced_wasserstein import pyramid_distances
 from tinycats.training import devices
 from tinycats.training.optimization import Muon, adamw, warmup_cosine, warmup_stable_decay
-from train_dit import RATE_BY_WIDTH, default_ema_beta
+from train_dit import CFG_SCALE, RATE_BY_WIDTH, default_ema_beta
 
 Timesteps = Callable[[int, torch.Generator], torch.Tensor]
 
@@ -315,7 +315,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=6)
     parser.add_argument("--heads", type=int, default=6)
     parser.add_argument("--ema-beta", type=float, help="the product's rule by steps, if none is named; 0.999 by time")
-    parser.add_argument("--cfg-scale", type=float, default=1.5, help="guidance")
+    parser.add_argument("--cfg-scale", type=float, default=CFG_SCALE, help="guidance")
     parser.add_argument("--churn", type=float, default=flow_matching.CHURN, help="noise that sampling adds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/choices"))

@@ -44,6 +44,7 @@ log = logging.getLogger("tinycats.train_dit")
 LOG_EVERY = 50  # steps
 REPORTED = 16  # samples, of the finished model
 CLASS_DROPOUT = 0.1  # how often the class is kept from the model, which guidance needs
+CFG_SCALE = 1.5  # guidance, unless another is asked for (ADR-029)
 RATE_BY_WIDTH = 0.384  # the learning rate times the width of a token (ADR-033)
 SHAPE = ("image_size", "patch_size", "dim", "depth", "heads")
 
@@ -129,7 +130,7 @@ class GeneratorParser(TrainingParser):
         sampling.add_argument(
             "--cfg-scale",
             type=number(at_least=0),
-            default=1.5,
+            default=CFG_SCALE,
             help="guidance; 1: none, more: more of its class, and less of what the model was still to learn",
         )
 
