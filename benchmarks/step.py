@@ -6,9 +6,17 @@
 `alone` is a part with a wait for the device before and after it; `host` is how long the processor takes to hand it to
 a GPU, without waiting: where these add up to more than a step, the GPU waits for the processor. The last line sets the
 whole step's operations, the optimizer's among them, against those of one large matrix product in the same precision.
+
+    python benchmarks/step.py --batch-size 16 --beside diffusers ../DiT/models.py
+
+The whole step of each, in turn: ours in the three parts of a run, and that of others' DiT of the same shape in a plain
+loop, with clipping, fused AdamW and an EMA (pip install diffusers; a clone of facebookresearch/DiT, which wants timm;
+neither is in a list of ours).
 """
 
 import argparse
+import functools
+import importlib.util
 import logging
 import statistics
 import sys
@@ -21,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from flow_matching_choices import OfDiffusers
 from tinycats import generator
 from tinycats.models import alignment, crops
 from tinycats.models.dit import TinyDiT
@@ -29,26 +38,72 @@ from tinycats.models.flow_matching import point_on_path, sample_timesteps, veloc
 from tinycats.models.perceptual_loss import PerceptualLoss, some_at_the_end
 from tinycats.training import devices
 from tinycats.training.compilation import compile_if_possible
-from tinycats.training.optimization import Muon
+from tinycats.training.optimization import Muon, adamw
 
+CLASSES = 13
+# What a step has beside the velocity's loss, in each of the three parts of a run.
+PARTS_OF_A_RUN = {
+    "up to 0.6 of a run": {"alignment": 0.2, "perceptual": 0.0},
+    "up to 0.8": {"alignment": 0.0, "perceptual": 0.0},
+    "to its end": {"alignment": 0.0, "perceptual": 0.25},
+}
+WARM_UP = 3  # steps that are not timed
 Part = Callable[[], None]
 
 
-def parts_of(options: argparse.Namespace, device: devices.Device) -> dict[str, Part]:
-    """The parts of a step, in order, as in src/train_dit.py."""
+class OfOthers(torch.nn.Module):
+    """Another's DiT, asked as TinyDiT is: of crops it knows nothing, and its tokens tell nothing.
+
+    Args:
+        name: diffusers, or the file that facebookresearch/DiT has it in.
+        ours: of the same shape.
+    """
+
+    def __init__(self, name: str, ours: TinyDiT):
+        super().__init__()
+        self.is_diffusers = name == "diffusers"
+        if self.is_diffusers:
+            self.model = OfDiffusers(ours)
+            return
+        spec = importlib.util.spec_from_file_location("facebookresearch", name)
+        assert spec and spec.loader, f"{name} is no Python file"
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        dim, heads, depth = ours.position.shape[1], ours.blocks[0].heads, len(ours.blocks)
+        shape = {"hidden_size": dim, "depth": depth, "num_heads": heads, "num_classes": CLASSES}
+        self.model = module.DiT(ours.image_size, ours.patch_size, 3, learn_sigma=False, **shape)
+
+    def forward(
+        self, points: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor, _cropped: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """The predicted images; and nothing."""
+        if self.is_diffusers:
+            return self.model(points, timesteps, torch.zeros_like(classes)), None  # it was made for one class
+        return points + (1 - timesteps).view(-1, 1, 1, 1) * self.model(points, timesteps, classes), None
+
+
+def parts_of(options: argparse.Namespace, device: devices.Device, other: str = "") -> dict[str, Part]:
+    """The parts of a step, in order, as in src/train_dit.py; or of another's DiT."""
     torch.manual_seed(0)
     shape = {name: getattr(options, name) for name in ("image_size", "patch_size", "dim", "depth", "heads")}
-    model = TinyDiT(13, **shape)
-    aligned = alignment.Aligned(model).to(device.device)
+    ours = TinyDiT(CLASSES, **shape)
+    model: torch.nn.Module = ours
+    if other:
+        model = network = OfOthers(other, ours).to(device.device)
+        optimizer: torch.optim.Optimizer = adamw(model, 1e-4, 0.0)
+    else:
+        network = alignment.Aligned(ours).to(device.device)
+        optimizer = Muon(network, ours.matrices(), 0.384 / options.dim, 0.0, generator.BETA2, device.optimizer_dtype)
     what_is_seen = alignment.WhatIsSeen(options.image_size // options.patch_size, 1.0, device.device)
     perceptual_loss = PerceptualLoss(device.device)
     ema = ema_model(model, 0.999)
-    optimizer = Muon(aligned, model.matrices(), 0.384 / options.dim, 0.0, generator.BETA2, device.optimizer_dtype)
-    if options.compile:
-        compile_if_possible(model, device, options.batch_size, None)
+    if options.compile and other:
+        model.compile()
+    elif options.compile:
+        compile_if_possible(ours, device, options.batch_size, None)
     images = torch.randint(256, (options.batch_size, 3, options.image_size, options.image_size), dtype=torch.uint8)
     images = images.pin_memory() if device.is_gpu else images
-    labels = torch.randint(13, (options.batch_size,))
+    labels = torch.randint(CLASSES, (options.batch_size,))
     rng = torch.Generator().manual_seed(0)
     path: tuple[torch.Tensor, ...] = ()
     seen: tuple[torch.Tensor, ...] = ()
@@ -75,7 +130,7 @@ def parts_of(options: argparse.Namespace, device: devices.Device) -> dict[str, P
         noise, targets, timesteps, *conditions = path
         with device.autocast:
             now = device.put(timesteps)
-            predicted, told = aligned(point_on_path(noise, targets, now), now, *conditions)
+            predicted, told = network(point_on_path(noise, targets, now), now, *conditions)
             loss = velocity_loss(predicted, targets, now)
             if options.perceptual:
                 loss = loss + options.perceptual * perceptual_loss(predicted, targets, timesteps)
@@ -87,7 +142,7 @@ def parts_of(options: argparse.Namespace, device: devices.Device) -> dict[str, P
 
     def clip() -> None:
         device.scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(aligned.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
 
     def step() -> None:
         device.scaler.step(optimizer)
@@ -123,6 +178,31 @@ def flops_at_best(device: devices.Device, side: int) -> float:
     return 2 * side**3 / min(seconds(lambda: matrix @ matrix, device, waiting=True) for _ in range(6))
 
 
+def one_after_another(parts: dict[str, Part]) -> None:
+    for part in parts.values():
+        part()
+
+
+def compare(options: argparse.Namespace, device: devices.Device) -> None:
+    """Whole steps, ours and others', in turn; printed."""
+    steps = {}
+    for part, losses in PARTS_OF_A_RUN.items():
+        steps[f"TinyDiT, {part}"] = parts_of(argparse.Namespace(**vars(options) | losses), device)
+    alone = argparse.Namespace(**vars(options) | PARTS_OF_A_RUN["up to 0.8"])
+    for name in options.beside:
+        steps[name] = parts_of(alone, device, name)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(WARM_UP + options.steps):
+        for name, parts in steps.items():
+            took = seconds(functools.partial(one_after_another, parts), device, waiting=True)
+            if number >= WARM_UP:
+                times[name].append(took)
+    print("| step | ms | images/s |\n|---|---|---|")
+    for name, took in times.items():
+        median = statistics.median(took)
+        print(f"| {name} | {1000 * median:.0f} | {options.batch_size / median:.1f} |")
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,18 +217,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
+    parser.add_argument("--mixed-precision", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--beside", nargs="+", default=[], metavar="DIT", help="diffusers, or facebookresearch's file")
     parser.add_argument("--profile", action="store_true", help="the kernels that take the longest")
     options = parser.parse_args()
+    for name in options.beside:
+        if name != "diffusers" and not (name.endswith(".py") and Path(name).is_file()):
+            parser.error(f"--beside {name}: neither diffusers nor a Python file")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    device = devices.choose(options.device, mixed_precision=True)
+    device = devices.choose(options.device, options.mixed_precision)
     options.compile = device.is_gpu if options.compile is None else options.compile
+    if options.beside:
+        compare(options, device)
+        return
     parts = parts_of(options, device)
-
-    def step() -> None:
-        for part in parts.values():
-            part()
-
-    for _ in range(3):
+    step = functools.partial(one_after_another, parts)
+    for _ in range(WARM_UP):
         step()
     alone: dict[str, list[float]] = {name: [] for name in parts}
     host: dict[str, list[float]] = {name: [] for name in parts}
@@ -176,8 +260,7 @@ def main() -> None:
     for name in ("images", "seen"):
         uncompiled[name]()  # what is seen is remembered: looking is not part of a step
     with FlopCounterMode(display=False) as counter:
-        for part in uncompiled.values():
-            part()
+        one_after_another(uncompiled)
     used = counter.get_total_flops() / whole
     best = flops_at_best(device, 8192 if device.is_gpu else 1024)
     print(f"a step {1000 * whole:.2f} ms, {options.batch_size / whole:.0f} images/s,", end=" ")

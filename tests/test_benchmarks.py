@@ -139,6 +139,28 @@ def test_where_the_time_of_a_step_goes_is_measured():
 
 
 @pytest.mark.slow
+def test_a_step_is_compared_with_that_of_another_dit(tmp_path):
+    (tmp_path / "models.py").write_text("""
+import torch
+
+class DiT(torch.nn.Conv2d):
+    def __init__(self, input_size, patch_size, in_channels, hidden_size, depth, num_heads, num_classes, learn_sigma):
+        assert (input_size, patch_size, hidden_size, depth, num_heads, learn_sigma) == (32, 8, 32, 1, 2, False)
+        super().__init__(in_channels, in_channels, 1)
+
+    def forward(self, points, timesteps, classes):
+        assert timesteps.shape == classes.shape == points.shape[:1]
+        return super().forward(points)
+""")
+    other = tmp_path / "models.py"
+    printed = benchmark("step.py", *SHAPE_OPTIONS, "--batch-size", 2, "--steps", 2, "--beside", other)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    parts = [f"TinyDiT, {part}" for part in ("up to 0.6 of a run", "up to 0.8", "to its end")]
+    assert [row[0] for row in rows[2:]] == [*parts, str(other)]
+    assert all(float(cell) > 0 for row in rows[2:] for cell in row[1:])
+
+
+@pytest.mark.slow
 def test_what_saving_costs_is_measured():
     printed = benchmark("saving.py", "--gigabytes", 0.01, "--rounds", 1)
     assert [line.split("|")[1].strip() for line in printed.splitlines()[2:]] == ["0.01"]
