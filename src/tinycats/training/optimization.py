@@ -98,35 +98,42 @@ class Muon(AdamW):
             matrix.add_(direction, alpha=-lr * length)
 
 
+LINEAR = 3.4445  # what an iteration multiplies small singular values with
+
+
 def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
     """[B, M, N] with the singular vectors of each matrix, and singular values between 0.7 and 1.2 instead of its own:
     five Newton-Schulz iterations with the constants of Jordan et al.
 
     Each multiplies the matrix by a polynomial of its Gram matrix. Those of all five commute: where the matrix is long
-    they are multiplied with each other first, which is smaller; not so in bf16, where each has to mend how the one
-    before it was rounded.
+    they are multiplied with each other first, which is smaller. In bf16 that is done for three and then for two, which
+    begin with a Gram matrix of their own: over all five, what rounding does to small singular values grows beyond
+    the others (ADR-029).
     """
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if is_tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
-    if x.shape[2] >= 2 * x.shape[1] and x.dtype != torch.bfloat16:
-        gram = x @ x.mT
-        product = polynomial = _polynomial(gram, 3.4445)
-        for _ in range(4):
-            gram = polynomial @ gram @ polynomial
-            polynomial = _polynomial(gram, 3.4445)
-            product = polynomial @ product
-        x = product @ x
+    if x.shape[2] >= 2 * x.shape[1]:
+        for iterations in (3, 2) if x.dtype == torch.bfloat16 else (5,):
+            gram = x @ x.mT
+            polynomial = _polynomial(gram)
+            product = polynomial.clone()
+            product.diagonal(dim1=1, dim2=2).add_(LINEAR)
+            for _ in range(iterations - 1):
+                multiplied = torch.baddbmm(gram, polynomial, gram, beta=LINEAR)
+                gram = torch.baddbmm(multiplied, multiplied, polynomial, beta=LINEAR)
+                polynomial = _polynomial(gram)
+                product = torch.baddbmm(product, polynomial, product, beta=LINEAR)
+            x = product @ x
     else:
         for _ in range(5):
-            x = torch.baddbmm(x, _polynomial(x @ x.mT), x, beta=3.4445)
+            x = torch.baddbmm(x, _polynomial(x @ x.mT), x, beta=LINEAR)
     return x.mT if is_tall else x
 
 
-def _polynomial(gram: torch.Tensor, constant: float = 0.0) -> torch.Tensor:
-    polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
-    polynomial.diagonal(dim1=1, dim2=2).add_(constant)
-    return polynomial
+def _polynomial(gram: torch.Tensor) -> torch.Tensor:
+    """An iteration's, but for its constant, LINEAR: added in bf16 it would be rounded, multiplied with it is not."""
+    return torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
 
 
 def warmup_cosine(optimizer: torch.optim.Optimizer, warmup_steps: int, total_steps: int) -> LambdaLR:
