@@ -12,13 +12,20 @@ whole step's operations, the optimizer's among them, against those of one large 
 The whole step of each, in turn: ours in the three parts of a run, and that of others' DiT of the same shape in a plain
 loop, with clipping, fused AdamW and an EMA (pip install diffusers; a clone of facebookresearch/DiT, which wants timm;
 neither is in a list of ours).
+
+    git worktree add ../before 7ac0e13
+    python benchmarks/step.py --batch-size 64 --steps 8 --checkouts ../before .
+
+The whole step of each checkout of this project, in turn, each in a process of its own.
 """
 
 import argparse
 import functools
 import importlib.util
+import json
 import logging
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -48,6 +55,18 @@ PARTS_OF_A_RUN = {
     "to its end": {"alignment": 0.0, "perceptual": 0.25},
 }
 WARM_UP = 3  # steps that are not timed
+# A process that makes a checkout's step whenever it is told, and tells how long that took.
+OF_A_CHECKOUT = """
+import argparse, json, sys
+checkout, options = sys.argv[1], argparse.Namespace(**json.loads(sys.argv[2]))
+sys.path[:0] = [f"{checkout}/benchmarks", f"{checkout}/src"]
+import step
+from tinycats.training import devices
+device = devices.choose(options.device, options.mixed_precision)
+parts = step.parts_of(options, device).values()
+for _ in sys.stdin:
+    print(step.seconds(lambda: [part() for part in parts], device, waiting=True), flush=True)
+"""
 Part = Callable[[], None]
 
 
@@ -183,24 +202,48 @@ def one_after_another(parts: dict[str, Part]) -> None:
         part()
 
 
-def compare(options: argparse.Namespace, device: devices.Device) -> None:
-    """Whole steps, ours and others', in turn; printed."""
-    steps = {}
-    for part, losses in PARTS_OF_A_RUN.items():
-        steps[f"TinyDiT, {part}"] = parts_of(argparse.Namespace(**vars(options) | losses), device)
-    alone = argparse.Namespace(**vars(options) | PARTS_OF_A_RUN["up to 0.8"])
-    for name in options.beside:
-        steps[name] = parts_of(alone, device, name)
+def print_medians(options: argparse.Namespace, steps: dict[str, Callable[[], float]]) -> None:
+    """Of steps that tell how long they took, made in turn."""
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(WARM_UP + options.steps):
-        for name, parts in steps.items():
-            took = seconds(functools.partial(one_after_another, parts), device, waiting=True)
-            if number >= WARM_UP:
-                times[name].append(took)
+    for _ in range(WARM_UP + options.steps):
+        for name, step in steps.items():
+            times[name].append(step())
     print("| step | ms | images/s |\n|---|---|---|")
     for name, took in times.items():
-        median = statistics.median(took)
+        median = statistics.median(took[WARM_UP:])
         print(f"| {name} | {1000 * median:.0f} | {options.batch_size / median:.1f} |")
+
+
+def compare(options: argparse.Namespace, device: devices.Device) -> None:
+    """Whole steps, ours and others'."""
+    models = {}
+    for part, losses in PARTS_OF_A_RUN.items():
+        models[f"TinyDiT, {part}"] = parts_of(argparse.Namespace(**vars(options) | losses), device)
+    alone = argparse.Namespace(**vars(options) | PARTS_OF_A_RUN["up to 0.8"])
+    for name in options.beside:
+        models[name] = parts_of(alone, device, name)
+
+    def timed(parts: dict[str, Part]) -> float:
+        return seconds(lambda: one_after_another(parts), device, waiting=True)
+
+    print_medians(options, {name: functools.partial(timed, parts) for name, parts in models.items()})
+
+
+def compare_checkouts(options: argparse.Namespace) -> None:
+    """Whole steps of several checkouts."""
+
+    def started(checkout: str) -> subprocess.Popen:
+        words = [sys.executable, "-c", OF_A_CHECKOUT, checkout, json.dumps(vars(options))]
+        return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def timed(process: subprocess.Popen) -> float:
+        print(file=process.stdin, flush=True)
+        return float(process.stdout.readline())
+
+    processes = {checkout: started(checkout) for checkout in options.checkouts}
+    print_medians(options, {checkout: functools.partial(timed, process) for checkout, process in processes.items()})
+    for process in processes.values():
+        process.communicate()
 
 
 def main() -> None:
@@ -219,12 +262,20 @@ def main() -> None:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
     parser.add_argument("--mixed-precision", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--beside", nargs="+", default=[], metavar="DIT", help="diffusers, or facebookresearch's file")
+    parser.add_argument("--checkouts", nargs="+", default=[], metavar="DIR", help="of this project, to be compared")
     parser.add_argument("--profile", action="store_true", help="the kernels that take the longest")
     options = parser.parse_args()
     for name in options.beside:
         if name != "diffusers" and not (name.endswith(".py") and Path(name).is_file()):
             parser.error(f"--beside {name}: neither diffusers nor a Python file")
+    for checkout in options.checkouts:
+        if not Path(checkout, "benchmarks", "step.py").is_file():
+            parser.error(f"--checkouts {checkout}: no checkout of this project")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.checkouts:
+        options.compile = bool(options.compile)
+        compare_checkouts(options)
+        return
     device = devices.choose(options.device, options.mixed_precision)
     options.compile = device.is_gpu if options.compile is None else options.compile
     if options.beside:

@@ -161,6 +161,14 @@ class DiT(torch.nn.Conv2d):
 
 
 @pytest.mark.slow
+def test_steps_of_checkouts_are_compared():
+    printed = benchmark("step.py", *SHAPE_OPTIONS, "--batch-size", 2, "--steps", 2, "--checkouts", REPOSITORY, ".")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    assert [row[0] for row in rows[2:]] == [str(REPOSITORY), "."]
+    assert all(float(cell) > 0 for row in rows[2:] for cell in row[1:])
+
+
+@pytest.mark.slow
 def test_what_saving_costs_is_measured():
     printed = benchmark("saving.py", "--gigabytes", 0.01, "--rounds", 1)
     assert [line.split("|")[1].strip() for line in printed.splitlines()[2:]] == ["0.01"]
