@@ -1,8 +1,13 @@
 """What a run computes on."""
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
+from conftest import REPOSITORY
 from tinycats.script.errors import UserError
 from tinycats.training import devices
 
@@ -36,3 +41,27 @@ def test_too_little_memory_is_one_line_that_says_what_to_do():
         devices.out_of_memory_is_told(64, "--accumulate 2"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate …")
+
+
+MEMORY_REUSED = """
+import resource, torch
+from tinycats.training.devices import keep_memory
+
+def pages_that_come_for_a_tensor(times):
+    for _ in range(times):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(pages_that_come_for_a_tensor(40))
+keep_memory()
+print(pages_that_come_for_a_tensor(40))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory as it likes")
+def test_after_some_steps_a_cpu_uses_the_memory_of_tensors_again():
+    words = [sys.executable, "-c", MEMORY_REUSED]
+    printed = subprocess.run(words, cwd=REPOSITORY / "src", capture_output=True, text=True, check=True).stdout
+    given_back, kept = map(int, printed.split())
+    assert kept < given_back / 10

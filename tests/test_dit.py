@@ -47,6 +47,13 @@ def test_a_token_is_made_of_its_patch_and_the_halves_around_it(patch_size):
     assert torch.equal(seen, expected)
 
 
+def test_tokens_are_those_of_a_convolution():
+    images, embedder = torch.randn(2, 3, 12, 12), PatchEmbedder(4, 8)
+    torch.nn.init.normal_(embedder.bias)
+    expected = torch.nn.Conv2d.forward(embedder, images).flatten(2).mT
+    assert torch.allclose(embedder(images), expected, atol=1e-5)
+
+
 def test_the_default_has_about_35_million_parameters():
     assert sum(parameter.numel() for parameter in TinyDiT(13).parameters()) == pytest.approx(35e6, rel=0.03)
 

