@@ -261,8 +261,11 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction)
     parser.add_argument("--mixed-precision", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--beside", nargs="+", default=[], metavar="DIT", help="diffusers, or facebookresearch's file")
-    parser.add_argument("--checkouts", nargs="+", default=[], metavar="DIR", help="of this project, to be compared")
+    compared = parser.add_mutually_exclusive_group()
+    compared.add_argument(
+        "--beside", nargs="+", default=[], metavar="DIT", help="diffusers, or facebookresearch's file"
+    )
+    compared.add_argument("--checkouts", nargs="+", default=[], metavar="DIR", help="of this project, to be compared")
     parser.add_argument("--profile", action="store_true", help="the kernels that take the longest")
     options = parser.parse_args()
     for name in options.beside:
@@ -272,12 +275,12 @@ def main() -> None:
         if not Path(checkout, "benchmarks", "step.py").is_file():
             parser.error(f"--checkouts {checkout}: no checkout of this project")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if options.compile is None:
+        options.compile = devices.find(options.device).type == "cuda"
     if options.checkouts:
-        options.compile = bool(options.compile)
         compare_checkouts(options)
         return
     device = devices.choose(options.device, options.mixed_precision)
-    options.compile = device.is_gpu if options.compile is None else options.compile
     if options.beside:
         compare(options, device)
         return

@@ -28,6 +28,11 @@ def benchmark(script: str, *arguments: object) -> str:
     return output
 
 
+def cells(printed: str) -> list[list[str]]:
+    """Of the lines of a table."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+
+
 @pytest.mark.slow
 def test_the_loader_is_compared_with_the_plain_pipeline(small_toy):
     printed = benchmark("loader.py", small_toy, "--workers", 0, 1, "--images", 16, "--rounds", 1)
@@ -54,7 +59,7 @@ def test_what_a_gpu_is_rented_for_before_it_trains_is_measured(tmp_path):
         if not name.startswith("annotations/t"):
             (tmp_path / Path(name).name).write_bytes(contents)
     printed = benchmark("first_step.py", tmp_path, "--checkouts", REPOSITORY, "--image-sizes", 64)
-    rows = [[word.strip() for word in line.split("|")[1:-1]] for line in printed.splitlines()[2:]]
+    rows = cells(printed)[2:]
     assert [row[0] for row in rows] == ["run 1, 64 px"]
     assert float(rows[0][2]) > 0 and float(rows[0][3]) > 0
 
@@ -109,7 +114,7 @@ def test_a_generators_distance_to_held_out_images_is_measured(few_images, tmp_pa
 def test_learning_rates_are_compared_at_several_widths(few_images):
     how = ("--widths", 32, 64, "--rates", 1e-3, 2e-3, "--steps", 2, "--image-size", 16, "--depth", 1, "--batch-size", 4)
     printed = benchmark("rates.py", few_images, *how)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    rows = cells(printed)
     assert rows[0] == ["width", "0.001", "0.002"]
     assert [row[0] for row in rows[2:]] == ["32", "64"]
     assert all(0 < float(cell) < 10 for row in rows[2:] for cell in row[1:])
@@ -132,7 +137,7 @@ def test_the_fused_optimizer_is_compared_with_the_plain_one():
 @pytest.mark.slow
 def test_where_the_time_of_a_step_goes_is_measured():
     printed = benchmark("step.py", *SHAPE_OPTIONS, "--batch-size", 2, "--steps", 2)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    rows = cells(printed)
     assert [row[0] for row in rows[2:]] == ["images", "seen", "forward", "backward", "clip", "optimizer", "EMA", "sum"]
     assert all(float(cell) > 0 for row in rows[2:] for cell in row[1:])
     assert re.search(r"a step [\d.]+ ms, \d+ images/s, [\d.]+ of [\d.]+ TFLOP/s: \d+%", printed)
@@ -154,7 +159,7 @@ class DiT(torch.nn.Conv2d):
 """)
     other = tmp_path / "models.py"
     printed = benchmark("step.py", *SHAPE_OPTIONS, "--batch-size", 2, "--steps", 2, "--beside", other)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    rows = cells(printed)
     parts = [f"TinyDiT, {part}" for part in ("up to 0.6 of a run", "up to 0.8", "to its end")]
     assert [row[0] for row in rows[2:]] == [*parts, str(other)]
     assert all(float(cell) > 0 for row in rows[2:] for cell in row[1:])
@@ -163,7 +168,7 @@ class DiT(torch.nn.Conv2d):
 @pytest.mark.slow
 def test_steps_of_checkouts_are_compared():
     printed = benchmark("step.py", *SHAPE_OPTIONS, "--batch-size", 2, "--steps", 2, "--checkouts", REPOSITORY, ".")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    rows = cells(printed)
     assert [row[0] for row in rows[2:]] == [str(REPOSITORY), "."]
     assert all(float(cell) > 0 for row in rows[2:] for cell in row[1:])
 

@@ -79,7 +79,7 @@ def test_muon_moves_matrices_as_torchs_own_and_the_rest_as_adamw(dtype):
         5,
     )
     for start, mine, other in zip(began, ours, theirs, strict=True):
-        assert (mine - other).norm() < 0.02 * (other - start).norm(), "theirs is in bf16, too"
+        assert (mine - other).norm() < 0.02 * (other - start).norm(), "but for bf16's rounding"
 
 
 def test_muon_moves_a_convolution_as_the_matrices_of_128_filters_each():

@@ -35,7 +35,7 @@ def _fold_norms(network: nn.Module) -> None:
 
 
 class _InSinglePrecision(nn.Module):
-    """A convolution of single channels with a stride: for its gradient in bf16 a CPU takes two to seven times as
+    """A convolution of single channels with a stride: for its gradient in bf16 a CPU takes up to seven times as
     long (ADR-029)."""
 
     def __init__(self, convolution: nn.Module):
