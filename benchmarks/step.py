@@ -63,9 +63,9 @@ sys.path[:0] = [f"{checkout}/benchmarks", f"{checkout}/src"]
 import step
 from tinycats.training import devices
 device = devices.choose(options.device, options.mixed_precision)
-parts = step.parts_of(options, device).values()
+parts = step.parts_of(options, device)
 for _ in sys.stdin:
-    print(step.seconds(lambda: [part() for part in parts], device, waiting=True), flush=True)
+    print(step.seconds(lambda: step.one_after_another(parts), device, waiting=True), flush=True)
 """
 Part = Callable[[], None]
 
