@@ -13,10 +13,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "src"))
 
 import torch
 
-from tinycats.models import crops
+from tinycats.models import alignment, crops, perceptual_loss
 from tinycats.run import options
 
 crops.WORTH_CROPPING = 0  # of a generator's images in these short runs too
+alignment.SIDE = perceptual_loss.SMALLEST = 64  # pixels: of more, a run takes three times as long in double precision
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double
 script = importlib.import_module(sys.argv[1].removesuffix(".py"))
