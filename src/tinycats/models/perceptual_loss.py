@@ -4,6 +4,7 @@ of all images that a noisy one may have been is blurred; what that network sees 
 they are to have its texture, too, wherever it is (after Heitz et al., arXiv 2006.07229).
 """
 
+import numpy as np
 import torch
 from torch.nn.functional import normalize
 
@@ -79,7 +80,16 @@ def texture_distance(seen: list[torch.Tensor], targets: list[torch.Tensor]) -> t
     the squared Wasserstein-2 distance, as a part of the targets' variance, its mean over channels and stages."""
     distances = []
     for some, others in zip(seen, targets, strict=True):
-        values, wanted = (features.flatten(2).sort(2).values for features in (some, others))
+        values, wanted = _sorted(some.flatten(2)), _sorted(others.flatten(2))
         variance = wanted.var(2).mean(1).clamp_min(SMALLEST_VARIANCE)
         distances.append((values - wanted).square().mean((1, 2)) / variance)
     return torch.stack(distances).mean(0)
+
+
+def _sorted(values: torch.Tensor) -> torch.Tensor:
+    """[B, C, N], each row by size. numpy takes a CPU an eighth of torch's time (ADR-029)."""
+    if values.device.type != "cpu":
+        return values.sort(2).values
+    if not values.requires_grad:
+        return torch.from_numpy(np.sort(values.numpy(), 2))
+    return values.gather(2, torch.from_numpy(values.detach().numpy().argsort(2)))
