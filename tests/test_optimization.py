@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-from tinycats.training.optimization import Muon, adamw, orthogonalized, warmup_cosine, warmup_stable_decay
+from tinycats.training import optimization
+from tinycats.training.optimization import (
+    POLYNOMIALS,
+    Muon,
+    adamw,
+    orthogonalized,
+    warmup_cosine,
+    warmup_stable_decay,
+)
 
 
 def test_norms_and_biases_do_not_decay():
@@ -39,8 +47,24 @@ def test_in_bf16_too_singular_values_are_evened_where_gradients_have_hardly_any_
     falling = 1 / torch.arange(1.0, values.shape[1] + 1)
     matrices = left * falling @ right
     results = orthogonalized(matrices.bfloat16()).float()
-    assert torch.linalg.matrix_norm(results, 2).max() < 1.25
-    assert (results - orthogonalized(matrices)).norm() < 0.08 * results.norm()
+    inside = (left.mT @ results @ right.mT).diagonal(dim1=1, dim2=2)
+    assert inside[:, values.shape[1] // 4].min() > 0.6 and inside.max() < 1.5
+    assert (results - orthogonalized(matrices)).norm() < 0.2 * results.norm()
+
+
+def test_each_polynomial_is_as_far_from_one_at_most_as_any_can_be():
+    """Its error is equally large, and of changing sign, at four points: no other polynomial of its three terms has a
+    smaller one (Chebyshev's equioscillation)."""
+    smallest, largest = 0.01, 1.0
+    for a, b, c in POLYNOMIALS:
+        x = torch.linspace(smallest, largest, 100_001, dtype=torch.float64)
+        errors = a * x + b * x**3 + c * x**5 - 1
+        turns = errors[1:-1][(errors[1:-1] - errors[:-2]) * (errors[2:] - errors[1:-1]) <= 0]
+        extremes = torch.stack([errors[0], *turns, errors[-1]])
+        most = errors.abs().max()
+        assert torch.allclose(extremes, most * torch.tensor([-1, 1, -1, 1], dtype=torch.float64), rtol=1e-3)
+        smallest, largest = 1 - most.item(), 1 + most.item()
+    assert largest < 1.27
 
 
 def small_model() -> tuple[torch.nn.Module, list[torch.nn.Parameter]]:
@@ -63,15 +87,24 @@ def moved(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], steps
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, None])
-def test_muon_moves_matrices_as_torchs_own_and_the_rest_as_adamw(dtype):
+def test_muon_moves_matrices_as_torchs_own_and_the_rest_as_adamw(dtype, monkeypatch):
+    """Both with singular values of one: torch's by many iterations of a polynomial that converges."""
+
+    def exactly(matrices: torch.Tensor) -> torch.Tensor:
+        left, _, right = torch.linalg.svd(matrices.float(), full_matrices=False)
+        return (left @ right).to(matrices.dtype)
+
+    monkeypatch.setattr(optimization, "orthogonalized", exactly)
     model, matrices = small_model()
     began = [parameter.detach().clone() for parameter in model.parameters()]
     ours = moved(model, [Muon(model, matrices, 1e-2, 0.1, 0.95, dtype)], 5)
     model, matrices = small_model()
+    converging = {"ns_coefficients": (15 / 8, -10 / 8, 3 / 8), "ns_steps": 30}
+    alike = {"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
     theirs = moved(
         model,
         [
-            torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.Muon(matrices, **alike, **converging),
             torch.optim.AdamW(
                 [p for p in model.parameters() if p.ndim == 1], lr=1e-2, weight_decay=0.0, betas=(0.9, 0.95)
             ),

@@ -30,7 +30,7 @@ _Path = TypeVar("_Path", bound=PurePath)  # on a laptop, or in a volume that is 
 
 # Goes up when the same options come to compute another run: other batches, crops, noise. A run that another version
 # began could not go on to the end that it would have had.
-COMPUTATION = 16
+COMPUTATION = 17
 METRICS, REPORT = "metrics.jsonl", "report.html"
 DESCRIPTION = "run.json"  # in a run's folder: what is known of it without its checkpoint
 
