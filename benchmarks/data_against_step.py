@@ -24,7 +24,7 @@ from tinycats.images import frames
 from tinycats.images.batches import TrainingBatches, load_batches
 from tinycats.images.datasets import open_dataset
 from tinycats.models.dit import TinyDiT
-from tinycats.models.flow_matching import flow_matching_loss
+from tinycats.models.flow_matching import point_on_path, velocity_loss
 from tinycats.training import devices
 from tinycats.training.optimization import Muon
 
@@ -45,7 +45,8 @@ class Step:
         times = torch.rand(batch_size, device=self.device.device)
         classes = torch.zeros(batch_size, dtype=torch.int64, device=self.device.device)
         with self.device.autocast:
-            loss = flow_matching_loss(self.model, torch.randn_like(images), images, times, classes)
+            predicted = self.model(point_on_path(torch.randn_like(images), images, times), times, classes)
+            loss = velocity_loss(predicted, images, times)
         self.optimizer.zero_grad()
         self.device.scaler.scale(loss).backward()
         self.device.scaler.step(self.optimizer)

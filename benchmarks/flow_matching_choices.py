@@ -52,7 +52,7 @@ from tinycats.models.ema import EarlierEMA, ema_model
 from tinycats.models.sliced_wasserstein import pyramid_distances
 from tinycats.training import devices
 from tinycats.training.optimization import Muon, adamw, warmup_cosine, warmup_stable_decay
-from train_dit import CFG_SCALE, RATE_BY_WIDTH, default_ema_beta
+from train_dit import CFG_SCALE, default_ema_beta, default_lr
 
 Timesteps = Callable[[int, torch.Generator], torch.Tensor]
 
@@ -231,9 +231,10 @@ def velocity_error(model: torch.nn.Module, images: torch.Tensor) -> float:
     noise = torch.randn(images.shape, generator=rng)
     timesteps = 0.9 * (torch.randperm(len(images), generator=rng) + 0.5) / len(images)
     classes = torch.zeros(len(images), dtype=torch.int64)
-    parts = zip(*(whole.split(64) for whole in (noise, images, timesteps, classes)), strict=True)
-    losses = (len(part[0]) * flow_matching.flow_matching_loss(model, *part, min_time_left=0.0).item() for part in parts)
-    return sum(losses) / len(images)
+    path = flow_matching.point_on_path(noise, images, timesteps), timesteps, classes
+    parts = zip(*(whole.split(64) for whole in path), strict=True)
+    predicted = torch.cat([model(*part) for part in parts])
+    return flow_matching.velocity_loss(predicted, images, timesteps, min_time_left=0.0).item()
 
 
 def train(
@@ -321,7 +322,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/choices"))
     options = parser.parse_args()
     if options.lr is None:
-        options.lr = RATE_BY_WIDTH / options.dim
+        options.lr = default_lr(options.dim)
     if options.ema_beta is None:
         options.ema_beta = 0.999 if options.seconds else default_ema_beta(options.steps)
 

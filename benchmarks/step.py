@@ -46,6 +46,7 @@ from tinycats.models.perceptual_loss import PerceptualLoss, some_at_the_end
 from tinycats.training import devices
 from tinycats.training.compilation import compile_if_possible
 from tinycats.training.optimization import Muon, adamw
+from train_dit import default_lr
 
 CLASSES = 13
 # What a step has beside the velocity's loss, in each of the three parts of a run.
@@ -112,7 +113,8 @@ def parts_of(options: argparse.Namespace, device: devices.Device, other: str = "
         optimizer: torch.optim.Optimizer = adamw(model, 1e-4, 0.0)
     else:
         network = alignment.Aligned(ours).to(device.device)
-        optimizer = Muon(network, ours.matrices(), 0.384 / options.dim, 0.0, generator.BETA2, device.optimizer_dtype)
+        rates = default_lr(options.dim), 0.0, generator.BETA2
+        optimizer = Muon(network, ours.matrices(), *rates, device.optimizer_dtype)
     what_is_seen = alignment.WhatIsSeen(options.image_size // options.patch_size, 1.0, device.device)
     perceptual_loss = PerceptualLoss(device.device)
     ema = ema_model(model, 0.999)

@@ -45,8 +45,12 @@ LOG_EVERY = 50  # steps
 REPORTED = 16  # samples, of the finished model
 CLASS_DROPOUT = 0.1  # how often the class is kept from the model, which guidance needs
 CFG_SCALE = 1.5  # guidance, unless another is asked for (ADR-029)
-RATE_BY_WIDTH = 0.384  # the learning rate times the width of a token (ADR-033)
 SHAPE = ("image_size", "patch_size", "dim", "depth", "heads")
+
+
+def default_lr(dim: int) -> float:
+    """That for tokens of such a width (ADR-033)."""
+    return 0.384 / dim
 
 
 def default_ema_beta(steps: int) -> float:
@@ -77,7 +81,7 @@ class GeneratorParser(TrainingParser):
         model.add_argument("--depth", type=whole_number(1, 64), default=12, help="transformer blocks")
         model.add_argument("--heads", type=whole_number(1, 64), default=6, help="attention heads in a block")
         training = self.add_argument_group("training")
-        lr_help = f"the learning rate at its peak (default: {RATE_BY_WIDTH} / --dim)"
+        lr_help = f"the learning rate at its peak (default: {default_lr(1)} / --dim)"
         self.add_optimization_options(training, batch_size=256, weight_decay=0.0, lr=None, lr_help=lr_help)
         training.add_argument("--steps", type=whole_number(1), default=20_000, help="batches to train on")
         training.add_argument(
@@ -139,7 +143,7 @@ class GeneratorParser(TrainingParser):
         options.image_size = options.image_size or (64 if toy else 128)
         options.patch_size = options.patch_size or (8 if toy else 16)
         if options.lr is None:
-            options.lr = RATE_BY_WIDTH / options.dim
+            options.lr = default_lr(options.dim)
         if options.warmup_steps is None:
             options.warmup_steps = min(10_000, options.steps // 20)
         if options.ema_beta is None:

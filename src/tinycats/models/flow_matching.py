@@ -75,23 +75,6 @@ def velocity_loss(
     return ((predicted.float() - images) / left).square().mean()
 
 
-def flow_matching_loss(
-    model: Model,
-    noise: torch.Tensor,
-    images: torch.Tensor,
-    timesteps: torch.Tensor,
-    *conditions: torch.Tensor,
-    min_time_left: float = MIN_TIME_LEFT,
-) -> torch.Tensor:
-    """`velocity_loss` of what a model predicts on the way from noise to images.
-
-    Args:
-        conditions: what else the model is told, the classes first.
-    """
-    predicted = model(point_on_path(noise, images, timesteps), timesteps, *conditions)
-    return velocity_loss(predicted, images, timesteps, min_time_left)
-
-
 def step_timesteps(steps: int, end: float = END) -> torch.Tensor:
     """float32 [steps + 1]: where on the path each step begins, the first at 0 and the last at `end` at the latest, and
     1, where that one leads.
