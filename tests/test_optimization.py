@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -75,13 +75,18 @@ def small_model() -> tuple[torch.nn.Module, list[torch.nn.Parameter]]:
     return model, [parameter for parameter in model.parameters() if parameter.ndim == 2]
 
 
-def moved(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], steps: int) -> list[torch.Tensor]:
-    """The parameters after some steps on fixed data."""
-    rng = torch.Generator().manual_seed(1)
+def loss_at(model: torch.nn.Module, step: int) -> torch.Tensor:
+    """On data of that step's own."""
+    rng = torch.Generator().manual_seed(step)
     inputs, targets = torch.randn(32, 8, generator=rng), torch.randn(32, 24, generator=rng)
-    for _ in range(steps):
+    return (model(inputs) - targets).square().mean()
+
+
+def moved(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], steps: Iterable[int]) -> list[torch.Tensor]:
+    """The parameters after these steps."""
+    for step in steps:
         model.zero_grad()
-        (model(inputs) - targets).square().mean().backward()
+        loss_at(model, step).backward()
         for optimizer in optimizers:
             optimizer.step()
     return [parameter.detach().clone() for parameter in model.parameters()]
@@ -98,7 +103,7 @@ def test_muon_moves_matrices_as_torchs_own_and_the_rest_as_adamw(dtype, monkeypa
     monkeypatch.setattr(optimization, "orthogonalized", exactly)
     model, matrices = small_model()
     began = [parameter.detach().clone() for parameter in model.parameters()]
-    ours = moved(model, [Muon(model, matrices, 1e-2, 0.1, 0.95, dtype)], 5)
+    ours = moved(model, [Muon(model, matrices, 1e-2, 0.1, 0.95, dtype)], range(5))
     model, matrices = small_model()
     converging = {"ns_coefficients": (15 / 8, -10 / 8, 3 / 8), "ns_steps": 30}
     alike = {"lr": 1e-2, "weight_decay": 0.1, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
@@ -110,7 +115,7 @@ def test_muon_moves_matrices_as_torchs_own_and_the_rest_as_adamw(dtype, monkeypa
                 [p for p in model.parameters() if p.ndim == 1], lr=1e-2, weight_decay=0.0, betas=(0.9, 0.95)
             ),
         ],
-        5,
+        range(5),
     )
     for start, mine, other in zip(began, ours, theirs, strict=True):
         assert (mine - other).norm() < 0.02 * (other - start).norm(), "but for bf16's rounding"
@@ -134,25 +139,23 @@ def test_muon_moves_a_convolution_as_the_matrices_of_128_filters_each():
 
 def test_muon_goes_on_where_it_was_saved():
     model, matrices = small_model()
-    straight = moved(model, [Muon(model, matrices, 1e-2, 0.0, 0.95)], 6)
+    straight = moved(model, [Muon(model, matrices, 1e-2, 0.0, 0.95)], range(6))
     model, matrices = small_model()
     optimizer = Muon(model, matrices, 1e-2, 0.0, 0.95)
-    moved(model, [optimizer], 3)
+    moved(model, [optimizer], range(3))
     again = Muon(model, matrices, 1e-2, 0.0, 0.95)
     again.load_state_dict(optimizer.state_dict())
-    assert all(map(torch.equal, moved(model, [again], 3), straight))
+    assert all(map(torch.equal, moved(model, [again], range(3, 6)), straight))
 
 
 def test_muon_skips_a_step_whose_scaled_gradients_are_infinite_and_unscales_the_others():
     model, matrices = small_model()
-    plain = moved(model, [Muon(model, matrices, 1e-2, 0.0, 0.95)], 2)
+    plain = moved(model, [Muon(model, matrices, 1e-2, 0.0, 0.95)], [0, 2])
     model, matrices = small_model()
     optimizer, scaler = Muon(model, matrices, 1e-2, 0.0, 0.95), torch.amp.GradScaler("cpu", init_scale=1024.0)
-    rng = torch.Generator().manual_seed(1)
-    inputs, targets = torch.randn(32, 8, generator=rng), torch.randn(32, 24, generator=rng)
-    for factor in (1.0, math.inf, 1.0):
+    for step, factor in enumerate((1.0, math.inf, 1.0)):
         model.zero_grad()
-        scaler.scale(factor * (model(inputs) - targets).square().mean()).backward()
+        scaler.scale(factor * loss_at(model, step)).backward()
         scaler.step(optimizer)
         scaler.update()
     for parameter, expected in zip(model.parameters(), plain, strict=True):
