@@ -53,7 +53,7 @@ def test_in_bf16_too_singular_values_are_evened_where_gradients_have_hardly_any_
     assert (results - orthogonalized(matrices)).norm() < 0.2 * results.norm()
 
 
-def test_each_polynomial_is_as_far_from_one_at_most_as_any_can_be():
+def test_each_polynomial_comes_nearer_to_one_than_any_other_of_its_terms():
     """Its error is equally large, and of changing sign, at four points: no other polynomial of its three terms has a
     smaller one (Chebyshev's equioscillation)."""
     smallest, largest = 0.01, 1.0
