@@ -12,7 +12,7 @@ BIN := .venv/bin
 # What is imported is compiled once, and not by each of the hundreds of processes that the tests start.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup smoke test gpu campaign lint system-packages
+.PHONY: setup smoke test gpu campaign lint system-packages imported
 
 setup: .venv/installed
 
@@ -44,9 +44,14 @@ system-packages:
 	  is_there; \
 	} || { echo "error: the tests need two programs, on Linux: sudo apt-get install bubblewrap chromium" >&2; exit 1; }
 
+# What is imported first is compiled; four of the tests' processes would all do so.
+imported: setup
+	$(BIN)/python -c "import modal, torch.utils.tensorboard, torchvision.transforms.v2"
+
 # A thread for each of the tests' processes: with more they would wait for one another. Four processes have two cores to
 # do: half of the time they wait for the containers of the stand-in. Tests are handed out one by one, the slow ones first.
-test: lint system-packages
+test:
+	$(MAKE) --jobs 3 --output-sync lint system-packages imported
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 4 --dist load --maxschedchunk 1 $(if $(FAST),-m "not slow")
 
 gpu: setup

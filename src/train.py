@@ -49,17 +49,22 @@ class ClassifierParser(TrainingParser):
     def __init__(self) -> None:
         super().__init__("train.py", "Fine-tune a ResNet classifier of cats.", gpu_default="T4")
         model = self.add_argument_group("the model")
-        model.add_argument("--backbone", choices=("resnet18", "resnet34", "resnet50"), default="resnet18")
+        model.add_argument(
+            "--backbone",
+            choices=("resnet20", "resnet18", "resnet34", "resnet50"),
+            default="resnet18",
+            help="resnet20 is for images of 32 pixels and the like, and has no pretrained weights",
+        )
         model.add_argument(
             "--pretrained",
             action=BooleanOptionalAction,
-            help="start from ImageNet's weights (default: yes; for data/toy no)",
+            help="start from ImageNet's weights (default: yes; for data/toy and resnet20 no)",
         )
         model.add_argument(
             "--image-size",
             type=whole_number(32, 1024),
             metavar="PIXELS",
-            help="side of the square that the model sees (default: 224; for data/toy 64)",
+            help="side of the square that the model sees (default: 224; for data/toy 64; for resnet20 32)",
         )
         training = self.add_argument_group("training")
         rate = "the learning rate at its peak (default: 1e-4 from pretrained weights; 2e-3 from scratch)"
@@ -94,10 +99,11 @@ class ClassifierParser(TrainingParser):
         )
 
     def check(self, options: Options) -> None:
+        is_small = options.backbone == "resnet20"
         if options.pretrained is None:
-            options.pretrained = not is_toy(options.data_dir)
+            options.pretrained = not (is_small or is_toy(options.data_dir))
         if options.image_size is None:
-            options.image_size = 64 if is_toy(options.data_dir) else 224
+            options.image_size = 32 if is_small else 64 if is_toy(options.data_dir) else 224
         if options.lr is None:
             options.lr = 1e-4 if options.pretrained else 2e-3
         if options.optimizer is None:
@@ -106,7 +112,9 @@ class ClassifierParser(TrainingParser):
             options.mixup = 0.0 if options.pretrained else 0.2
         if options.resume:
             return  # the rest is the run's, and was checked when it began
-        if options.batch_size == 1 and options.image_size <= 32:
+        if is_small and options.pretrained:
+            self.error("--backbone resnet20 has no pretrained weights: leave --pretrained away")
+        if options.batch_size == 1 and options.image_size <= 32 and not is_small:
             self.error("--batch-size 1 needs an --image-size above 32: the last layers normalise over a single value")
         if options.warmup_epochs > options.epochs:
             self.error(f"--warmup-epochs {options.warmup_epochs:g} is more than --epochs {options.epochs}")

@@ -44,7 +44,7 @@ import test_train
 import test_train_dit
 import train
 import train_dit
-from conftest import REPOSITORY, WARM_PYTHON, damage, script_process
+from conftest import REPOSITORY, UNSEEN, WARM_PYTHON, damage, script_process
 from modal_cloud import ModalCloud
 from tinycats import classifier, generator
 from tinycats.images.datasets import open_dataset
@@ -112,11 +112,11 @@ class Script:
     seconds: float
 
 
-def scripts(root: Path, data: Path) -> list[Script]:
-    """Both scripts, their references trained."""
+def scripts(root: Path, data: Path, short: bool) -> list[Script]:
+    """Both scripts, their references trained; the short form's generator without the network that looks at images."""
     settings = {
         "train.py": (*test_train.SMALL, "--epochs", str(test_train.EPOCHS), "--save-every", "0.005"),
-        "train_dit.py": (*test_train_dit.SMALL, "--save-every", "0.002"),
+        "train_dit.py": (*test_train_dit.SMALL, "--save-every", "0.002", *(UNSEEN if short else ())),
     }
     found = []
     for module, tests in ((train, test_train), (train_dit, test_train_dit)):
@@ -492,7 +492,7 @@ def campaign(root: Path, short: bool, seed: int, jobs: int) -> Table:
     """Try everything; the short form a tenth to a twentieth of it."""
     data = root / "data" / "cats-to-train-on"
     draw_toy_cats(data, seed=1, images={"train": 8, "val": 4})
-    both = scripts(root, data)
+    both = scripts(root, data, short)
     os.chdir(data.parent)
     (data.parent / "cats").symlink_to(data.name)
     table = Table()

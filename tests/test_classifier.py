@@ -141,7 +141,7 @@ def test_weights_that_cannot_be_fetched_are_an_error_that_names_the_way_out(tmp_
         classifier.build("resnet18", 3, pretrained=True)
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet34", "resnet50"])
+@pytest.mark.parametrize("backbone", ["resnet20", "resnet18", "resnet34", "resnet50"])
 def test_every_backbone_builds_with_a_head_of_its_own(backbone):
     model = classifier.build(backbone, 13, pretrained=False).eval()
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 13)

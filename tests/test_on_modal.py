@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import REPOSITORY, SMALL, WARM_PYTHON
+from conftest import REPOSITORY, SMALL, UNSEEN, WARM_PYTHON
 from modal_cloud import Fault, Finished, ModalCloud
 from modal_cloud.containers import Container
 from tinycats import classifier, generator
@@ -27,7 +27,7 @@ from tinycats.run import checkpoints
 SCRIPT = REPOSITORY / "src" / "train.py"
 EPOCHS = 3  # of five steps each, with SMALL
 SMALL_DIT = ("--image-size", "32", "--patch-size", "8", "--dim", "64", "--depth", "2", "--heads", "2")
-SMALL_DIT += ("--batch-size", "8", "--steps", "20", "--sample-every", "10", "--sample-steps", "3")
+SMALL_DIT += ("--batch-size", "8", "--steps", "20", "--sample-every", "10", "--sample-steps", "3", *UNSEEN)
 
 pytestmark = pytest.mark.slow
 
@@ -432,7 +432,7 @@ def test_killed_in_the_middle_of_a_commit_it_redoes_what_lay_after_the_last(
 
 
 def test_commits_in_the_background_of_half_written_files_do_no_harm(modal_cloud, small_folder, tmp_path, undisturbed):
-    modal_cloud.commit_in_background(every=0.2)
+    modal_cloud.commit_in_background(every=0.02)  # seconds: the file of a checkpoint is being written for as long
     modal_cloud.fail(1, Fault("kill", after_commits=2))
     result = train(modal_cloud, small_folder, tmp_path, "--save-every", "0.005")
     assert result.status == 0, result.output
@@ -508,8 +508,7 @@ def test_a_run_cut_short_goes_on_by_name(modal_cloud, small_folder, tmp_path, un
 
 
 def test_the_generator_too_survives_whatever_ends_its_containers(modal_cloud, small_folder, tmp_path):
-    shape = ("--image-size", "32", "--patch-size", "8", "--dim", "64", "--depth", "2", "--heads", "2")
-    settings = (*shape, "--batch-size", "8", "--steps", "60", "--sample-every", "40", "--save-every", "0.005")
+    settings = (*SMALL_DIT, "--steps", "60", "--sample-every", "20", "--save-every", "0.001")
     command = ("modal", "run", REPOSITORY / "src" / "train_dit.py", small_folder, *settings)
     undisturbed = modal_cloud.run(*command, "--run", "undisturbed", cwd=tmp_path)
     assert undisturbed.status == 0, undisturbed.output
@@ -525,7 +524,7 @@ def test_the_generator_too_survives_whatever_ends_its_containers(modal_cloud, sm
     assert ended == ["success", "interrupted", "died", "timeout", "success"]
     one, other = (outputs(modal_cloud) / "runs" / name for name in ("undisturbed", "disturbed"))
     assert (one / "metrics.jsonl").read_bytes() == (other / "metrics.jsonl").read_bytes()
-    for grid in ("step_0000040.png", "step_0000060.png"):
+    for grid in ("step_0000020.png", "step_0000040.png", "step_0000060.png"):
         assert (one / "samples" / grid).read_bytes() == (other / "samples" / grid).read_bytes()
     weights, others = (checkpoints.load(run / "tiny_dit.pt")["state_dict"] for run in (one, other))
     assert all(torch.equal(weights[name], others[name]) for name in weights)

@@ -19,7 +19,7 @@ from torch import nn
 
 import train
 import train_dit
-from conftest import REPOSITORY, SMALL, WARM_PYTHON, processes, run_quietly, script_process
+from conftest import REPOSITORY, SMALL, UNSEEN, WARM_PYTHON, processes, run_quietly, script_process
 from test_train_dit import same
 from tinycats.classifier import training_transform, validation_transform
 from tinycats.images.batches import TrainingBatches, ValidationBatches
@@ -222,6 +222,7 @@ def test_with_the_same_number_of_processes_a_killed_run_ends_bit_identical(small
     script, *options = DIT
     for name in ("undisturbed", "killed"):
         (tmp_path / name).mkdir()
+    options += UNSEEN
     succeed(3, script, small_toy, *options, "--run", "r", cwd=tmp_path / "undisturbed")
     started = processes(3, script, small_toy, *options, "--run", "r", "--save-every", "1e-9", cwd=tmp_path / "killed")
     for line in started[0].stdout:

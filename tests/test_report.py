@@ -21,7 +21,7 @@ from tinycats.script.machines import ThisMachine
 from tinycats.script.signals import StopSignals
 from tinycats.showing import report
 
-SMALL = ("--image-size", "32", "--batch-size", "8", "--no-pretrained")
+SMALL = ("--backbone", "resnet20", "--batch-size", "8")
 SMALL_DIT = ("--image-size", "32", "--patch-size", "8", "--dim", "64", "--depth", "2", "--heads", "2")
 SMALL_DIT += ("--batch-size", "8", "--sample-steps", "3", "--steps", "4", "--sample-every", "1")
 

@@ -1,4 +1,4 @@
-"""The cat classifier: a torchvision ResNet with a head of its own, its images, its metrics, its file."""
+"""The cat classifier: a ResNet with a head of its own, its images, its metrics, its file."""
 
 import math
 import urllib.error
@@ -17,6 +17,7 @@ from tinycats.images.augmentation import BatchRng, middle_crops, mirror_half, ra
 from tinycats.images.batches import Transform
 from tinycats.images.decoding import decode
 from tinycats.images.oxford_pets import OTHER
+from tinycats.models.resnet import resnet20
 from tinycats.run import checkpoints
 from tinycats.script.errors import TransientError, UserError
 
@@ -31,9 +32,14 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def build(backbone: str, num_classes: int, *, pretrained: bool) -> nn.Module:
     """A ResNet (He et al., arXiv 1512.03385) with a new head: float [B, 3, H, W] -> logits [B, num_classes].
 
+    Args:
+        backbone: resnet20, for which there are no pretrained weights, or one of torchvision's.
+
     Raises:
         TransientError: the ImageNet weights cannot be downloaded.
     """
+    if backbone == "resnet20":
+        return resnet20(num_classes)
     try:
         model = models.get_model(backbone, weights="DEFAULT" if pretrained else None)
     except (urllib.error.URLError, OSError, RuntimeError) as error:
