@@ -115,7 +115,7 @@ class Script:
 def scripts(root: Path, data: Path, short: bool) -> list[Script]:
     """Both scripts, their references trained; the short form's generator without the network that looks at images."""
     settings = {
-        "train.py": (*test_train.SMALL, "--epochs", str(test_train.EPOCHS), "--save-every", "0.005"),
+        "train.py": (*test_train.SMALL, "--epochs", str(test_train.EPOCHS), "--save-every", "0.001"),
         "train_dit.py": (*test_train_dit.SMALL, "--save-every", "0.002", *(UNSEEN if short else ())),
     }
     found = []

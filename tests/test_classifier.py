@@ -147,6 +147,16 @@ def test_every_backbone_builds_with_a_head_of_its_own(backbone):
     assert model(torch.zeros(1, 3, 64, 64)).shape == (1, 13)
 
 
+def test_a_resnet20_is_the_papers_and_leaves_eight_pixels_of_thirty_two():
+    model = classifier.build("resnet20", 10, pretrained=False)
+    shortcuts = 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64  # convolutions and their norms, where the paper's have no weights
+    assert sum(parameter.numel() for parameter in model.parameters()) == 269_722 + shortcuts
+    before_pooling = []
+    model.avgpool.register_forward_pre_hook(lambda _module, inputs: before_pooling.append(inputs[0].shape))
+    model(torch.zeros(2, 3, 32, 32))
+    assert before_pooling == [(2, 64, 8, 8)]
+
+
 def test_mixed_images_are_a_part_of_one_and_the_rest_of_the_next_and_so_are_their_classes():
     images = torch.arange(3.0).view(3, 1, 1, 1).expand(3, 3, 2, 2)
     inputs, targets = classifier.mixed(images, torch.eye(3), 0.75)

@@ -162,8 +162,8 @@ def test_killed_at_random_moments_and_resumed_it_ends_bit_identical(workers, und
     run = tmp_path / "outputs" / "runs" / "r"
     kills = [signal.SIGKILL, signal.SIGINT, signal.SIGTERM, signal.SIGKILL]
     rng.shuffle(kills)
-    # The checkpoint is saved every third of a second, so that a kill will often strike while it is being written.
-    arguments = (*SMALL, "--epochs", EPOCHS, "--num-workers", workers, "--save-every", 0.005)
+    # The checkpoint is saved at every step, so that a kill will often strike while it is being written.
+    arguments = (*SMALL, "--epochs", EPOCHS, "--num-workers", workers, "--save-every", 1e-9)
     for kill in [*kills, None]:
         beginning = ("--resume", "r") if checkpoints.has_checkpoint(run) else ("--run", "r")
         process = script_process("train.py", small_toy, *arguments, *beginning, cwd=tmp_path)
@@ -267,7 +267,7 @@ def test_from_a_damaged_state_it_goes_on_from_the_one_before(undisturbed, tmp_pa
     train_here("--resume", "r")
     output = capsys.readouterr().out
     assert "state.pt is damaged" in output
-    assert "Resuming run r at step 10 of 15" in output
+    assert "Resuming run r at step 35 of 40" in output
     assert_same_results(undisturbed, run)
 
 
@@ -281,7 +281,7 @@ def test_a_finished_run_resumed_has_nothing_left_to_do(undisturbed, tmp_path, mo
 
 
 def test_the_terminal_that_goes_away_stops_it_with_its_state_saved(small_toy, tmp_path):
-    process = script_process("train.py", small_toy, *SMALL, "--epochs", 50, "--run", "r", cwd=tmp_path)
+    process = script_process("train.py", small_toy, *SMALL, "--epochs", 500, "--run", "r", cwd=tmp_path)
     for line in process.stdout:
         if "Epoch 1/" in line:
             break
@@ -485,7 +485,7 @@ def test_ctrl_c_during_the_imports_leaves_no_traceback(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_cannot_train_the_same_run(small_toy, tmp_path, run_train):
-    first = script_process("train.py", small_toy, *SMALL, "--epochs", 50, "--run", "r", cwd=tmp_path)
+    first = script_process("train.py", small_toy, *SMALL, "--epochs", 500, "--run", "r", cwd=tmp_path)
     for line in first.stdout:
         if "Epoch 1/" in line:
             break

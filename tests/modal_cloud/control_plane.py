@@ -478,6 +478,8 @@ class ControlPlane(_Unary, api_grpc.ModalClientBase):
             case "preempt":
                 container.send_signal(signal.SIGINT)
                 container.tasks.append(asyncio.create_task(self._kill_later(container)))
+            case "hang":
+                container.send_signal(signal.SIGSTOP)
 
     async def _kill_later(self, container: Container) -> None:
         await asyncio.sleep(self.cloud.grace_period)

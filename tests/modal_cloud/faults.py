@@ -10,14 +10,14 @@ class Fault:
 
     Attributes:
         kind: `preempt` (SIGINT, and SIGKILL when the grace period is over), `kill` (SIGKILL: a crash),
-            `timeout` (what happens when the function's timeout is over).
+            `timeout` (what happens when the function's timeout is over), `hang` (SIGSTOP: it stands still).
         after_commits: when: on the container's n-th commit of a volume, right after it.
         volume: which one.
         in_commit: instead of after that commit, in the middle of it: it does not take place.
         in_spawn: instead, when it has called another function and does not know it yet.
     """
 
-    kind: Literal["preempt", "kill", "timeout"]
+    kind: Literal["preempt", "kill", "timeout", "hang"]
     after_commits: int = 1
     volume: str = "cats-model-outputs"
     in_commit: bool = False
