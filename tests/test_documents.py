@@ -34,7 +34,9 @@ RUN_BY = {
     r"python src/train.py data/cats .*": "test_train.py::test_real_photos_arranged_by_breed_train_for_an_epoch",
     r"python src/train.py (--help|--epochs 1)": "test_train.py::"
     "test_with_no_data_it_trains_on_the_toy_cats_and_says_so",
-    r"python src/train.py path/to/images .*": "test_train.py::test_real_photos_arranged_by_breed_train_for_an_epoch",
+    r"python src/train.py path/to/images --backbone resnet20": "test_train.py::test_a_run_leaves_what_the_design_says",
+    r"python src/train.py path/to/images --image-size .*": "test_train.py::"
+    "test_real_photos_arranged_by_breed_train_for_an_epoch",
     r"python src/train.py --resume .*": "test_train.py::"
     "test_killed_at_random_moments_and_resumed_it_ends_bit_identical",
     r"python src/train_dit.py .*": "test_train_dit.py::"
