@@ -40,7 +40,7 @@ RUN_BY = {
     r"python src/train.py --resume .*": "test_train.py::"
     "test_killed_at_random_moments_and_resumed_it_ends_bit_identical",
     r"python src/train_dit.py .*": "test_train_dit.py::"
-    "test_after_320_steps_a_classifier_recognises_the_coats_of_the_samples",
+    "test_after_400_steps_a_classifier_recognises_the_coats_of_the_samples",
     r"python src/predict.py .*": "test_predict.py::"
     "test_a_person_reads_each_photos_class_its_probability_and_the_next_two",
     r"python src/sample.py.*": "test_sample.py::"

@@ -21,7 +21,6 @@ from tinycats import classifier, generator
 from tinycats.images.batches import INITIALISATION, seed_for
 from tinycats.images.datasets import open_dataset
 from tinycats.images.frames import Frame
-from tinycats.images.toy_cats import draw_toy_cats
 from tinycats.models import alignment
 from tinycats.models.crops import crop
 from tinycats.models.dit import TinyDiT
@@ -159,14 +158,14 @@ def test_sixteen_images_are_memorised_and_sampled_again_from_their_own_noise(sma
 
 
 @pytest.mark.slow
-def test_after_320_steps_a_classifier_recognises_the_coats_of_the_samples(smoke, tmp_path):
-    """The README's command for a generator on a laptop, for a smaller one, of a quarter of the toy cats; `make smoke`'s
-    classifier. Chance is 0.2; it comes to 0.95 to 1 with the seeds 0, 1 and 2.
+def test_after_400_steps_a_classifier_recognises_the_coats_of_the_samples(smoke, tmp_path):
+    """The README's command for a generator on a laptop, for a smaller one; `make smoke`'s classifier. Chance is 0.2.
+
+    It comes to 1. With batches of 64 at half of the rate, in 300 steps and more time, it came to 0.88 to 0.94.
     """
-    draw_toy_cats(tmp_path / "toys", images={"train": 20, "val": 4})
     shape = ("--image-size", 32, "--patch-size", 8, "--dim", 128, "--depth", 4, "--heads", 4)
-    settings = ("--steps", 320, "--batch-size", 32, "--lr", "4e-3", "--sample-steps", 5)
-    run_quietly("train_dit.py", "toys", *shape, *settings, cwd=tmp_path)
+    settings = ("--steps", 400, "--batch-size", 32, "--lr", "4e-3", "--sample-steps", 5)
+    run_quietly("train_dit.py", "data/toy", *shape, *settings, cwd=tmp_path)
     finished = generator.load(tmp_path / "outputs" / "tiny_dit.pt")
     trained_classifier = classifier.load(smoke / "outputs" / "cats_model.pt")
     assert trained_classifier.metrics["val_accuracy"] >= 0.95
