@@ -10,9 +10,9 @@ from torch import nn
 from tinycats.models.flow_matching import (
     CHURN_END,
     END,
-    GUIDED_FROM,
     STEPS,
     dropped_classes,
+    guidance_begins,
     implied_velocity,
     noised_back,
     overshoots,
@@ -96,7 +96,9 @@ def test_a_guide_is_what_guidance_leads_away_from_and_is_not_asked_for_the_class
     assert torch.allclose(led_to(noise, samples), torch.full((5, 2), 5 + 1.5 * (2 - 5)), atol=1e-3)
 
 
-def test_guidance_begins_when_light_is_decided_and_ends_before_the_last_step():
+@pytest.mark.parametrize(("size", "begins"), [(32, 0.18), (64, 0.1), (128, 0.05)])
+def test_guidance_begins_when_light_is_decided_and_ends_before_the_last_step(size, begins):
+    assert guidance_begins(size) == pytest.approx(begins, abs=0.002)
     asked = []
 
     def guide(points: torch.Tensor, timesteps: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
@@ -104,9 +106,9 @@ def test_guidance_begins_when_light_is_decided_and_ends_before_the_last_step():
         return points
 
     classes = torch.zeros(3, dtype=torch.int64)
-    sample(ByClass(), repeat(torch.randn(3, 2)), classes, 10, guidance_scale=1.5, guide=guide)
+    sample(ByClass(), repeat(torch.randn(3, size)), classes, 10, guidance_scale=1.5, guide=guide)
     timesteps = step_timesteps(STEPS)[:-2].tolist()
-    assert asked == [timestep for timestep in timesteps if timestep >= GUIDED_FROM]
+    assert asked == [timestep for timestep in timesteps if timestep >= begins]
     assert 0 < len(asked) < len(timesteps)
 
 

@@ -28,10 +28,6 @@ STEPS = 25  # of sampling, unless another number is asked for
 CHURN = 0.5
 CHURN_END = 0.5
 
-# Guidance begins when light and colour are decided, which it would exaggerate (Kynkäänniemi et al., arXiv 2404.07724;
-# ADR-029).
-GUIDED_FROM = 0.1
-
 
 def point_on_path(noise: torch.Tensor, images: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
     """x_t, [B, ...], of the straight path from noise to image at timesteps [B].
@@ -88,6 +84,13 @@ def step_timesteps(steps: int, end: float = END) -> torch.Tensor:
     return torch.cat([torch.zeros(1), last * lengths.cumsum(0) / lengths.sum(), torch.ones(1)])
 
 
+def guidance_begins(image_size: int) -> float:
+    """Where on the path of images of so many pixels a side guidance begins: when their light and colour are decided,
+    which it would exaggerate (after Kynkäänniemi et al., arXiv 2404.07724; ADR-029). There t / (1 - t), how much there
+    is of the image for the noise, is 7 / S, for in the mean over all pixels there is 1 / S as much noise."""
+    return 7 / (7 + image_size)
+
+
 def extrapolations(timesteps: torch.Tensor) -> list[float]:
     """For each step, what part of the last change of the predicted image is yet to come by the middle of the step, on
     a line in log(t / (1 - t)); 0 where a step is infinitely long in that."""
@@ -119,7 +122,7 @@ def sample(
     steps: int = STEPS,
     guidance_scale: float = 1.0,
     guide: Model | None = None,
-    guided_from: float = GUIDED_FROM,
+    guided_from: float | None = None,
     end: float = END,
     churn: float = CHURN,
 ) -> torch.Tensor:
@@ -136,7 +139,7 @@ def sample(
             in the last step: form is decided by then, and it would make grain.
         guide: a worse model than `model`, which then is what guidance leads away from (Karras et al., arXiv
             2406.02507), asked without the class, too; None: the model itself.
-        guided_from: where on the path the first step begins that may exaggerate.
+        guided_from: where on the path the first step begins that may exaggerate; None: as of `guidance_begins`.
         end: where the last step begins at the latest.
         churn: as of `overshoots`; 0: no noise is added, and an image is a function of what it begins as.
     """
@@ -145,6 +148,8 @@ def sample(
         itertools.pairwise(timesteps.tolist()), overshoots(timesteps, churn), extrapolations(timesteps), strict=True
     )
     points = before = next(noise)
+    if guided_from is None:
+        guided_from = guidance_begins(points.shape[-1])
     for (begin, finish), reached, extrapolated in ways:
         now = torch.full((len(points),), begin, device=points.device)
         predicted = model(points, now, classes).float()

@@ -15,7 +15,7 @@ from torch import nn
 from tinycats import classifier
 from tinycats.classifier import Classifier
 from tinycats.generator import Generator
-from tinycats.models.flow_matching import CHURN, CHURN_END, END, GUIDED_FROM, implied_velocity
+from tinycats.models.flow_matching import CHURN, CHURN_END, END, guidance_begins, implied_velocity
 
 OPSET = 18
 
@@ -71,7 +71,7 @@ def of_generator(finished: Generator, facts: Mapping[str, Any]) -> bytes:
         "classes": torch.zeros(2, dtype=torch.int64),
         "guidance_scale": torch.tensor(finished.guidance_scale),
     }
-    facts = {**facts, "guided_from": GUIDED_FROM, "end": END, "churn": CHURN, "churn_end": CHURN_END}
+    facts = {**facts, "guided_from": guidance_begins(size), "end": END, "churn": CHURN, "churn_end": CHURN_END}
     return _exported(_GuidedVelocity(finished), inputs, "velocity", ["points", "classes"], facts)
 
 
