@@ -91,6 +91,15 @@ def guidance_begins(image_size: int) -> float:
     return 7 / (7 + image_size)
 
 
+def guided(predicted: torch.Tensor, away_from: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
+    """The image, [B, 3, S, S], on the line through the one that guidance leads away from, at 0, and the predicted one,
+    at 1; beyond that in all but its mean red, green and blue, which stay the predicted one's: what two models see
+    differently of light and colour is their error more than the class, and is not to be exaggerated (ADR-029; that it
+    is the low frequencies that guidance spoils: Sadat et al., arXiv 2506.19713)."""
+    further = (scale - 1) * (predicted - away_from)
+    return predicted + further - (scale > 1) * further.mean((2, 3), keepdim=True)
+
+
 def extrapolations(timesteps: torch.Tensor) -> list[float]:
     """For each step, what part of the last change of the predicted image is yet to come by the middle of the step, on
     a line in log(t / (1 - t)); 0 where a step is infinitely long in that."""
@@ -126,7 +135,7 @@ def sample(
     end: float = END,
     churn: float = CHURN,
 ) -> torch.Tensor:
-    """Images, [B, ...], from noise of that shape, along the velocity that the model implies.
+    """Images, [B, 3, S, S], from noise of that shape, along the velocity that the model implies.
 
     Each step asks the model once, and leads towards the image that it and the step before suggest, on a line through
     both: of second order, but for the first two steps and the last (SDE-DPM-Solver++ 2M, Lu et al., arXiv 2211.01095;
@@ -135,8 +144,8 @@ def sample(
     Args:
         noise: noise after noise: the first is what images begin as, of the others each is added by a step.
         classes: int64 [B].
-        guidance_scale: 0 samples without the class, 1 with it, more exaggerates it (classifier-free guidance), but not
-            in the last step: form is decided by then, and it would make grain.
+        guidance_scale: 0 samples without the class, 1 with it, more exaggerates it (classifier-free guidance), as of
+            `guided`, but not in the last step: form is decided by then, and it would make grain.
         guide: a worse model than `model`, which then is what guidance leads away from (Karras et al., arXiv
             2406.02507), asked without the class, too; None: the model itself.
         guided_from: where on the path the first step begins that may exaggerate; None: as of `guidance_begins`.
@@ -155,8 +164,8 @@ def sample(
         predicted = model(points, now, classes).float()
         scale = guidance_scale if begin >= guided_from and finish < 1 else min(guidance_scale, 1)
         if scale != 1:
-            without = (guide or model)(points, now, torch.full_like(classes, null_class)).float()
-            predicted = without + scale * (predicted - without)
+            away_from = (guide or model)(points, now, torch.full_like(classes, null_class)).float()
+            predicted = guided(predicted, away_from, scale)
         ahead = predicted + extrapolated * (predicted - before)
         points = points + (reached - begin) * implied_velocity(points, ahead, now)
         if churn and reached > finish:

@@ -15,7 +15,7 @@ from torch import nn
 from tinycats import classifier
 from tinycats.classifier import Classifier
 from tinycats.generator import Generator
-from tinycats.models.flow_matching import CHURN, CHURN_END, END, guidance_begins, implied_velocity
+from tinycats.models.flow_matching import CHURN, CHURN_END, END, guidance_begins, guided, implied_velocity
 
 OPSET = 18
 
@@ -47,8 +47,8 @@ class _GuidedVelocity(nn.Module):
     ) -> torch.Tensor:
         now = timestep.expand(points.shape[0])
         predicted = self.model(points, now, classes)
-        without = self.guide(points, now, torch.full_like(classes, self.model.null_class))
-        return implied_velocity(points, without + guidance_scale * (predicted - without), now)
+        away_from = self.guide(points, now, torch.full_like(classes, self.model.null_class))
+        return implied_velocity(points, guided(predicted, away_from, guidance_scale), now)
 
 
 def of_classifier(finished: Classifier, facts: Mapping[str, Any]) -> bytes:
